@@ -1,0 +1,697 @@
+//! The engine's thread: continuous batching over all turns.
+//!
+//! Every step decodes one token for each turn that generates, plus a bounded chunk of what others still have to read, in one batch. All
+//! sequences share one pool of KV cells; the prompt's shared head is read once and copied (which copies no data), and a finished turn's
+//! sequence stays as a cache for the conversation's next turn until its cells are needed.
+
+use std::{
+    collections::VecDeque,
+    sync::mpsc::{Receiver, RecvTimeoutError},
+    time::Duration,
+};
+
+use llama_cpp_2::{
+    DecodeError,
+    context::LlamaContext,
+    llama_batch::LlamaBatch,
+    model::LlamaModel,
+    sampling::LlamaSampler,
+    token::{LlamaToken, data::LlamaTokenData, data_array::LlamaTokenDataArray},
+};
+use tokio::sync::mpsc;
+
+use super::sequence::{Sequence, Token};
+use crate::{
+    backend::{Event, Failure, Finish, Input, Parameters, Request, Usage},
+    layout::Layout,
+    stop::StopFilter,
+};
+
+/// Tokens that may be read in a step in which others generate: keeps their pace.
+const CHUNK_AMONG_OTHERS: usize = 32;
+/// Tokens of one batch at most.
+pub const BATCH: usize = 512;
+/// Room for an opener that is not known yet, in tokens.
+const OPENER_ROOM: usize = 48;
+/// A turn generates only while its event queue has this much room; one token makes at most two events.
+const EVENT_ROOM: usize = 4;
+/// How often to look again when every turn waits for its reader.
+const READERS_BUSY: Duration = Duration::from_millis(2);
+
+/// What callers tell the thread.
+pub enum Command {
+    /// A turn begins.
+    Open(u64, Box<Request>, mpsc::Sender<Event>),
+    /// A turn's input.
+    Input(u64, Input),
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Phase {
+    /// Prompt and opener are being read.
+    Reading,
+    /// The opener is committed; its scores are due when it is read.
+    Committed,
+    /// The verdict is being thought over.
+    Scored,
+    /// Tokens are being generated.
+    Generating,
+}
+
+struct Active {
+    id: u64,
+    events: mpsc::Sender<Event>,
+    parameters: Parameters,
+    prompt: Vec<Token>,
+    phase: Phase,
+    prefilled: bool,
+    /// Most tokens that the sequence may have.
+    room: usize,
+    sampler: Option<LlamaSampler>,
+    stop: StopFilter,
+    /// Bytes of a character that is still incomplete.
+    partial: Vec<u8>,
+    usage: Usage,
+}
+
+#[derive(Default)]
+struct Slot {
+    sequence: Sequence,
+    active: Option<Active>,
+    /// When it was last used, in steps; the oldest is given away first.
+    used: u64,
+}
+
+struct Waiting {
+    id: u64,
+    request: Box<Request>,
+    prompt: Vec<Token>,
+    events: mpsc::Sender<Event>,
+    /// Input that came before there was a place.
+    inputs: Vec<Input>,
+}
+
+/// The engine's state; lives on its thread.
+pub struct Engine<'m> {
+    model: &'m LlamaModel,
+    context: LlamaContext<'m>,
+    layout: Layout,
+    batch: LlamaBatch<'static>,
+    slots: Vec<Slot>,
+    waiting: VecDeque<Waiting>,
+    most_waiting: usize,
+    cells: usize,
+    /// Tokens of the shared head, in sequence 0.
+    head: Vec<Token>,
+    step: u64,
+}
+
+impl<'m> Engine<'m> {
+    /// An engine with places for `slots` turns; reads the shared head.
+    pub fn new(
+        model: &'m LlamaModel,
+        context: LlamaContext<'m>,
+        layout: Layout,
+        slots: usize,
+        most_waiting: usize,
+    ) -> Result<Self, String> {
+        let cells = context.n_ctx() as usize;
+        let mut engine = Self {
+            model,
+            context,
+            layout,
+            batch: LlamaBatch::new(BATCH, 1),
+            slots: std::iter::repeat_with(Slot::default).take(slots).collect(),
+            waiting: VecDeque::new(),
+            most_waiting,
+            cells,
+            head: Vec::new(),
+            step: 0,
+        };
+        // What the prompts of two conversations have in common is the head of all.
+        let [one, other] = ["a", "The"].map(|text| engine.prompt(&[], text));
+        let (one, other) = (one?, other?);
+        let head: Vec<Token> = one
+            .iter()
+            .zip(&other)
+            .take_while(|(a, b)| a == b)
+            .map(|(a, _)| *a)
+            .collect();
+        if head.len() + OPENER_ROOM >= cells {
+            return Err(format!(
+                "a context of {cells} tokens is too small: the layout's own text has {}",
+                head.len()
+            ));
+        }
+        for (n, chunk) in head.chunks(BATCH).enumerate() {
+            engine.batch.clear();
+            for (m, token) in chunk.iter().enumerate() {
+                let position = (n * BATCH + m) as i32;
+                engine
+                    .batch
+                    .add(LlamaToken(*token), position, &[0], false)
+                    .map_err(|e| e.to_string())?;
+            }
+            engine.context.decode(&mut engine.batch).map_err(|e| e.to_string())?;
+        }
+        engine.head = head;
+        Ok(engine)
+    }
+
+    /// Serves commands until all callers are gone.
+    pub fn run(mut self, commands: &Receiver<Command>) {
+        loop {
+            let idle = !self.waiting.is_empty() || self.slots.iter().any(|s| s.active.is_some());
+            // With nothing to decode, sleep until somebody speaks.
+            let first = match (self.work_left(), idle) {
+                (true, _) => commands
+                    .try_recv()
+                    .map_err(|e| e == std::sync::mpsc::TryRecvError::Disconnected),
+                (false, true) => commands
+                    .recv_timeout(READERS_BUSY)
+                    .map_err(|e| e == RecvTimeoutError::Disconnected),
+                (false, false) => commands.recv().map_err(|_| true),
+            };
+            match first {
+                Ok(command) => {
+                    self.take(command);
+                    while let Ok(command) = commands.try_recv() {
+                        self.take(command);
+                    }
+                }
+                Err(true) => return,
+                Err(false) => {}
+            }
+            self.reap();
+            self.admit();
+            self.advance();
+        }
+    }
+
+    fn work_left(&self) -> bool {
+        self.slots.iter().any(|slot| {
+            slot.active.as_ref().is_some_and(|active| {
+                !slot.sequence.pending().is_empty()
+                    || (active.phase == Phase::Generating && active.events.capacity() >= EVENT_ROOM)
+            })
+        })
+    }
+
+    // --- commands ---
+
+    fn take(&mut self, command: Command) {
+        match command {
+            Command::Open(id, request, events) => match self.prompt(&request.history, &request.user_text) {
+                Err(error) => fail(&events, Failure::Model(error)),
+                Ok(prompt) => {
+                    let needed = prompt.len() + OPENER_ROOM + request.parameters.max_tokens as usize;
+                    if needed > self.cells {
+                        fail(
+                            &events,
+                            Failure::ContextTooSmall {
+                                needed,
+                                available: self.cells,
+                            },
+                        );
+                    } else if self.waiting.len() >= self.most_waiting {
+                        fail(&events, Failure::Overloaded);
+                    } else {
+                        self.waiting.push_back(Waiting {
+                            id,
+                            request,
+                            prompt,
+                            events,
+                            inputs: Vec::new(),
+                        });
+                    }
+                }
+            },
+            Command::Input(id, input) => {
+                if let Some(n) = self
+                    .slots
+                    .iter()
+                    .position(|s| s.active.as_ref().is_some_and(|a| a.id == id))
+                {
+                    self.input(n, input);
+                } else if let Some(n) = self.waiting.iter().position(|w| w.id == id) {
+                    if input == Input::Close {
+                        self.waiting.remove(n);
+                    } else {
+                        self.waiting[n].inputs.push(input);
+                    }
+                }
+            }
+        }
+    }
+
+    fn input(&mut self, n: usize, input: Input) {
+        let (text, phase) = match input {
+            Input::Close => {
+                self.slots[n].active = None;
+                return;
+            }
+            Input::Opener(text) => (text, Phase::Reading),
+            Input::Commit(text) => (text, Phase::Committed),
+            Input::Generate(text) => (text, Phase::Generating),
+        };
+        let reply = self.reply(&text);
+        let Slot {
+            sequence,
+            active: Some(active),
+            ..
+        } = &mut self.slots[n]
+        else {
+            return;
+        };
+        let needed = active.prompt.len() + reply.len() + active.parameters.max_tokens as usize;
+        if phase == Phase::Generating {
+            // Words that were read and are not continued, and what an earlier generation made, were for nothing.
+            let wanted: Vec<Token> = active.prompt.iter().copied().chain(reply.iter().map(|r| r.0)).collect();
+            let kept = sequence.common(&wanted).max(active.prompt.len());
+            let dropped = sequence.cached().len().saturating_sub(kept);
+            active.usage.wasted += dropped as u32;
+            active.usage.generated = 0;
+            active.usage.opener = reply.len() as u32;
+            active.sampler = sampler(&active.parameters);
+            active.partial.clear();
+            let stops = self.layout.stops().iter().map(|s| (*s).to_owned());
+            active.stop = StopFilter::new(stops.chain(active.parameters.stop.iter().cloned()));
+        }
+        active.phase = phase;
+        let (prompt, room) = (active.prompt.clone(), active.room);
+        if needed > room && !self.make_room(needed - room) {
+            self.end(
+                n,
+                Event::Failed(Failure::ContextTooSmall {
+                    needed,
+                    available: self.cells,
+                }),
+            );
+            return;
+        }
+        if let Some(active) = &mut self.slots[n].active {
+            active.room = room.max(needed);
+        }
+        let keep = self.slots[n].sequence.retarget(&prompt, &reply);
+        self.cut(n, keep);
+    }
+
+    // --- places ---
+
+    /// Frees the places of turns that nobody listens to any more.
+    fn reap(&mut self) {
+        for slot in &mut self.slots {
+            if slot.active.as_ref().is_some_and(|active| active.events.is_closed()) {
+                slot.active = None;
+            }
+        }
+        self.waiting.retain(|waiting| !waiting.events.is_closed());
+    }
+
+    /// Gives waiting turns places, in order, as long as there are places and cells.
+    fn admit(&mut self) {
+        while let Some(next) = self.waiting.front() {
+            let room = next.prompt.len() + OPENER_ROOM + next.request.parameters.max_tokens as usize;
+            let free = |slot: &&(usize, &Slot)| slot.1.active.is_none();
+            // The place whose cache has most of this prompt, or else the one that was not used longest.
+            let shared = |slot: &Slot| slot.sequence.common(&next.prompt);
+            let best = self
+                .slots
+                .iter()
+                .enumerate()
+                .filter(|s| free(&s))
+                .max_by_key(|(_, slot)| {
+                    let common = shared(slot);
+                    (if common > self.head.len() { common } else { 0 }, u64::MAX - slot.used)
+                });
+            let Some((n, _)) = best else { return };
+            let common = shared(&self.slots[n]);
+            if common <= self.head.len() {
+                self.clear(n);
+                let _ = self.context.copy_kv_cache_seq(0, sequence_id(n), None, None);
+                let head = self.head.clone();
+                self.slots[n].sequence.seed(&head);
+            }
+            let others: usize = self.reserved(n);
+            let own = room.saturating_sub(self.head.len());
+            if self.head.len() + others + own > self.cells
+                && !self.evict(self.head.len() + others + own - self.cells, n)
+            {
+                return;
+            }
+            let Some(Waiting {
+                id,
+                request,
+                prompt,
+                events,
+                inputs,
+            }) = self.waiting.pop_front()
+            else {
+                return;
+            };
+            self.step += 1;
+            let cached = self.slots[n]
+                .sequence
+                .common(&prompt)
+                .min(prompt.len().saturating_sub(1));
+            let usage = Usage {
+                prompt: prompt.len() as u32,
+                cached: cached as u32,
+                ..Usage::default()
+            };
+            let slot = &mut self.slots[n];
+            slot.used = self.step;
+            let keep = slot.sequence.retarget(&prompt, &[]);
+            slot.active = Some(Active {
+                id,
+                events,
+                parameters: request.parameters,
+                prompt,
+                phase: Phase::Reading,
+                prefilled: false,
+                room,
+                sampler: None,
+                stop: StopFilter::new([]),
+                partial: Vec::new(),
+                usage,
+            });
+            self.cut(n, keep);
+            for input in inputs {
+                self.input(n, input);
+            }
+        }
+    }
+
+    /// Cells that places other than `but` hold or may come to hold, beyond the shared head.
+    fn reserved(&self, but: usize) -> usize {
+        let cells = |slot: &Slot| {
+            slot.active
+                .as_ref()
+                .map_or(slot.sequence.cached().len(), |active| active.room)
+        };
+        let others = self.slots.iter().enumerate().filter(|(n, _)| *n != but);
+        others
+            .map(|(_, slot)| cells(slot).saturating_sub(self.head.len()))
+            .sum()
+    }
+
+    fn make_room(&mut self, more: usize) -> bool {
+        let used = self.head.len() + self.reserved(usize::MAX);
+        used + more <= self.cells || self.evict(used + more - self.cells, usize::MAX)
+    }
+
+    /// Drops caches of finished conversations, oldest first, until `cells` are free.
+    fn evict(&mut self, cells: usize, but: usize) -> bool {
+        let mut freed = 0;
+        while freed < cells {
+            let oldest = self
+                .slots
+                .iter()
+                .enumerate()
+                .filter(|(n, slot)| {
+                    *n != but && slot.active.is_none() && slot.sequence.cached().len() > self.head.len()
+                })
+                .min_by_key(|(_, slot)| slot.used);
+            let Some((n, slot)) = oldest else { return false };
+            freed += slot.sequence.cached().len() - self.head.len();
+            self.clear(n);
+        }
+        true
+    }
+
+    fn clear(&mut self, n: usize) {
+        let _ = self.context.clear_kv_cache_seq(Some(sequence_id(n) as u32), None, None);
+        self.slots[n].sequence = Sequence::default();
+    }
+
+    /// Cuts a sequence's cells back to `keep` tokens; a model whose state cannot be cut starts over.
+    fn cut(&mut self, n: usize, keep: usize) {
+        let id = sequence_id(n) as u32;
+        if !self
+            .context
+            .clear_kv_cache_seq(Some(id), Some(keep as u32), None)
+            .unwrap_or(false)
+        {
+            let _ = self.context.clear_kv_cache_seq(Some(id), None, None);
+            self.slots[n].sequence.forget();
+        }
+    }
+
+    // --- one step ---
+
+    /// Reports what is ready, samples, and decodes one batch.
+    fn advance(&mut self) {
+        for n in 0..self.slots.len() {
+            self.report(n);
+            self.sample(n);
+        }
+        self.batch.clear();
+        // (place, first token's index, count, first place in the batch)
+        let mut parts: Vec<(usize, usize, usize, usize)> = Vec::new();
+        let generating = |slot: &Slot| {
+            slot.active
+                .as_ref()
+                .is_some_and(|a| a.phase == Phase::Generating && a.usage.generated > 0)
+        };
+        let mut budget = if self.slots.iter().any(generating) {
+            CHUNK_AMONG_OTHERS
+        } else {
+            BATCH
+        };
+        // Running turns first, then readers by turns.
+        let mut order: Vec<usize> = (0..self.slots.len())
+            .filter(|n| self.slots[*n].active.is_some())
+            .collect();
+        order.sort_by_key(|n| (!generating(&self.slots[*n]), self.slots[*n].used));
+        for n in order {
+            let slot = &self.slots[n];
+            let (from, at) = (slot.sequence.cached().len(), self.batch.n_tokens() as usize);
+            let most = if generating(slot) { 1 } else { budget };
+            let count = slot.sequence.pending().len().min(most).min(BATCH - at);
+            for (m, token) in slot.sequence.pending()[..count].iter().enumerate() {
+                let logits = slot.sequence.needs_logits(from + m);
+                let added = self
+                    .batch
+                    .add(LlamaToken(*token), (from + m) as i32, &[sequence_id(n)], logits);
+                debug_assert!(added.is_ok(), "the batch has room for {BATCH} tokens");
+            }
+            if count > 0 {
+                parts.push((n, from, count, at));
+                if !generating(slot) {
+                    budget -= count;
+                }
+            }
+        }
+        if parts.is_empty() {
+            return;
+        }
+        self.step += 1;
+        if let Err(error) = self.decode() {
+            for (n, ..) in parts {
+                self.clear(n);
+                self.end(n, Event::Failed(Failure::Model(error.to_string())));
+            }
+            return;
+        }
+        for (n, from, count, at) in parts {
+            let slot = &mut self.slots[n];
+            slot.used = self.step;
+            slot.sequence.decoded(count);
+            for m in 0..count {
+                if slot.sequence.needs_logits(from + m) {
+                    slot.sequence
+                        .logits(from + m, self.context.get_logits_ith((at + m) as i32));
+                }
+            }
+        }
+    }
+
+    fn decode(&mut self) -> Result<(), DecodeError> {
+        match self.context.decode(&mut self.batch) {
+            Err(DecodeError::NoKvCacheSlot) => {
+                // Cells are counted, so this is fragmentation at worst: give up all idle caches and try once more.
+                self.evict(usize::MAX, usize::MAX);
+                self.context.decode(&mut self.batch)
+            }
+            result => result,
+        }
+    }
+
+    /// Tells a turn what it waits for: that its prompt is read, or its opener's scores.
+    fn report(&mut self, n: usize) {
+        let slot = &mut self.slots[n];
+        let Some(active) = &mut slot.active else { return };
+        if !active.prefilled && slot.sequence.cached().len() >= active.prompt.len() {
+            active.prefilled = true;
+            let _ = active.events.try_send(Event::Prefilled);
+        }
+        if active.phase == Phase::Committed && slot.sequence.tail().is_some() {
+            active.phase = Phase::Scored;
+            active.usage.opener = slot.sequence.scores().len() as u32;
+            let _ = active.events.try_send(Event::Scored(slot.sequence.scores().to_vec()));
+        }
+    }
+
+    /// Chooses the next token of a turn that generates and sends its text at once; the token is decoded with the next batch.
+    fn sample(&mut self, n: usize) {
+        let slot = &mut self.slots[n];
+        let Some(active) = &mut slot.active else { return };
+        if active.phase != Phase::Generating || active.events.capacity() < EVENT_ROOM {
+            return;
+        }
+        let Some(logits) = slot.sequence.tail() else { return };
+        let token = choose(logits, active.sampler.as_mut());
+        if self.model.vocab().is_eog(token) {
+            let text = active.stop.finish();
+            return self.finish(n, text, Finish::Stop);
+        }
+        active.usage.generated += 1;
+        active
+            .partial
+            .extend(self.model.vocab().token_to_piece(token, false, None));
+        let (text, stopped) = active.stop.push(&take_characters(&mut active.partial));
+        if stopped {
+            return self.finish(n, text, Finish::Stop);
+        }
+        if active.usage.generated >= active.parameters.max_tokens {
+            let text = text + &active.stop.finish();
+            return self.finish(n, text, Finish::Length);
+        }
+        if !text.is_empty() {
+            let _ = active.events.try_send(Event::Text(text, active.usage));
+        }
+        slot.sequence.push(token.0);
+    }
+
+    fn finish(&mut self, n: usize, text: String, finish: Finish) {
+        if let Some(active) = &self.slots[n].active {
+            let usage = active.usage;
+            if !text.is_empty() {
+                let _ = active.events.try_send(Event::Text(text, usage));
+            }
+            self.end(n, Event::Done(finish, usage));
+        }
+    }
+
+    fn end(&mut self, n: usize, last: Event) {
+        if let Some(active) = self.slots[n].active.take() {
+            let _ = active.events.try_send(last);
+        }
+    }
+
+    // --- text and tokens ---
+
+    fn prompt(&self, history: &[crate::backend::Message], user_text: &str) -> Result<Vec<Token>, String> {
+        let render = |messages: &[(&str, String)]| super::render(self.model, messages);
+        let parts = self.layout.prompt(history, user_text, &render)?;
+        let vocab = self.model.vocab();
+        let tokens = parts
+            .iter()
+            .enumerate()
+            .flat_map(|(n, part)| vocab.tokenize(part.text.as_bytes(), n == 0, part.structure));
+        let mut tokens: Vec<Token> = tokens.map(|t| t.0).collect();
+        if tokens.is_empty() {
+            // A prompt must have a last token whose logits begin the reply.
+            tokens.push(vocab.bos().0);
+        }
+        Ok(tokens)
+    }
+
+    /// The reply's tokens, each with the byte of the reply text where it ends.
+    fn reply(&self, text: &str) -> Vec<(Token, usize)> {
+        if text.is_empty() {
+            return Vec::new();
+        }
+        let (vocab, lead) = (self.model.vocab(), self.layout.lead());
+        let mut end = 0;
+        vocab
+            .tokenize(format!("{lead}{text}").as_bytes(), false, false)
+            .into_iter()
+            .map(|token| {
+                end += vocab.token_to_piece(token, false, None).len();
+                (token.0, end.saturating_sub(lead.len()).min(text.len()))
+            })
+            .collect()
+    }
+}
+
+fn sequence_id(slot: usize) -> i32 {
+    slot as i32 + 1 // 0 holds the shared head
+}
+
+fn fail(events: &mpsc::Sender<Event>, failure: Failure) {
+    let _ = events.try_send(Event::Failed(failure));
+}
+
+/// `None` is greedy.
+fn sampler(parameters: &Parameters) -> Option<LlamaSampler> {
+    (parameters.temperature > 0.0).then(|| {
+        // A seed of the full width is folded; without one, llama.cpp draws its own for u32::MAX.
+        let seed = parameters.seed.map_or(u32::MAX, |seed| (seed ^ (seed >> 32)) as u32);
+        LlamaSampler::chain_simple([
+            LlamaSampler::top_p(parameters.top_p, 1),
+            LlamaSampler::min_p(parameters.min_p, 1),
+            LlamaSampler::temp(parameters.temperature),
+            LlamaSampler::dist(seed),
+        ])
+    })
+}
+
+fn choose(logits: &[f32], sampler: Option<&mut LlamaSampler>) -> LlamaToken {
+    let likeliest = || {
+        let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+        LlamaToken(best.map_or(0, |(n, _)| n as i32))
+    };
+    let Some(sampler) = sampler else { return likeliest() };
+    let candidates = logits
+        .iter()
+        .enumerate()
+        .map(|(n, l)| LlamaTokenData::new(LlamaToken(n as i32), *l, 0.0));
+    let mut candidates = LlamaTokenDataArray::from_iter(candidates, false);
+    candidates.apply_sampler(sampler);
+    candidates.selected_token().unwrap_or_else(likeliest)
+}
+
+/// Takes the whole characters off the front of `bytes`; what can never become a character turns into U+FFFD.
+fn take_characters(bytes: &mut Vec<u8>) -> String {
+    let mut text = String::new();
+    loop {
+        match std::str::from_utf8(bytes) {
+            Ok(valid) => {
+                text.push_str(valid);
+                bytes.clear();
+                return text;
+            }
+            Err(error) => {
+                let valid = error.valid_up_to();
+                text.push_str(&String::from_utf8_lossy(&bytes[..valid]));
+                match error.error_len() {
+                    None => {
+                        bytes.drain(..valid);
+                        return text;
+                    }
+                    Some(bad) => {
+                        text.push('\u{fffd}');
+                        bytes.drain(..valid + bad);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn characters_come_whole() {
+        let mut bytes = "né".as_bytes()[..2].to_vec();
+        assert_eq!(take_characters(&mut bytes), "n");
+        bytes.extend(&"é!".as_bytes()[1..]);
+        assert_eq!(take_characters(&mut bytes), "é!");
+        bytes = vec![b'a', 0xff, b'b', 0xe2];
+        assert_eq!(take_characters(&mut bytes), "a\u{fffd}b");
+        assert_eq!(bytes, [0xe2]);
+    }
+}

@@ -1,0 +1,14 @@
+//! Segue's continuator: continues the opener of a micro language model with a large one.
+
+pub mod backend;
+pub mod cli;
+pub mod grpc;
+pub mod layout;
+pub mod names;
+pub mod policy;
+pub mod request;
+pub mod running;
+pub mod session;
+pub mod stop;
+pub mod turn;
+pub mod verify;

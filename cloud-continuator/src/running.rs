@@ -1,0 +1,301 @@
+//! A turn in progress: the state machine with its backend, its clock and its trace.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use segue_shared::{
+    proto::{self, CloudFrame, StartTurn, TurnError, TurnFailed},
+    reply_log::{Correction, Surface},
+    telemetry::TraceContext,
+};
+use tokio::time::Instant;
+use tracing::{Span, field::Empty, info_span};
+
+use crate::{
+    backend::{self, Event, Finish, Request, Usage},
+    names,
+    session::{Service, turn_failed},
+    turn::{Effect, Incoming, Mark, Turn, failed},
+    verify::Verdict,
+};
+
+/// A turn with what it needs of the world.
+pub struct Running {
+    id: u64,
+    machine: Turn,
+    backend: backend::Turn,
+    request: Request,
+    service: Arc<Service>,
+    started: Instant,
+    deadline: Instant,
+    committed: Option<Instant>,
+    prefill: Option<Duration>,
+    verify: Option<Duration>,
+    first_text: Option<Duration>,
+    /// `continuation`, and what of it runs now: the prefill, and then `verify` or `generate`.
+    span: Span,
+    prefill_span: Span,
+    phase: Span,
+    counted: bool,
+}
+
+impl Running {
+    /// Opens a turn at the backend, which begins to read the conversation at once.
+    ///
+    /// # Errors
+    /// The frame that tells the edge why not.
+    pub fn open(
+        service: &Arc<Service>,
+        surface: Surface,
+        start: &StartTurn,
+        request: Request,
+    ) -> Result<Self, TurnFailed> {
+        let info = service.backend.info();
+        let span = info_span!(
+            "continuation",
+            otel.kind = "server",
+            segue.turn_id = start.turn_id,
+            gen_ai.operation.name = "chat",
+            gen_ai.provider.name = info.provider,
+            gen_ai.request.model = info.model,
+            gen_ai.usage.input_tokens = Empty,
+            gen_ai.usage.cache_read.input_tokens = Empty,
+            gen_ai.usage.output_tokens = Empty,
+            gen_ai.response.finish_reasons = Empty,
+            segue.verdict = Empty,
+            segue.verdict.good_words = Empty,
+            segue.directive = Empty,
+            segue.tokens.wasted = Empty,
+            error.type = Empty,
+            otel.status_code = Empty,
+        );
+        TraceContext {
+            traceparent: start.traceparent.clone(),
+            tracestate: start.tracestate.clone(),
+        }
+        .adopt(&span);
+        let backend = service.backend.open(request.clone()).map_err(|failure| {
+            let Effect::Fail {
+                error,
+                message,
+                retryable,
+            } = failed(&failure)
+            else {
+                unreachable!("failed() makes Fail")
+            };
+            turn_failed(start.turn_id, error, message, retryable)
+        })?;
+        let now = Instant::now();
+        let limit = service.limits.turn;
+        let allowed = proto::std_duration(start.deadline).map_or(limit, |wish| wish.min(limit));
+        service.running.fetch_add(1, Ordering::Relaxed);
+        Ok(Self {
+            id: start.turn_id,
+            machine: Turn::new(
+                start.turn_id,
+                surface,
+                service.judgement,
+                start.tone(),
+                request.history.clone(),
+            ),
+            backend,
+            request,
+            service: service.clone(),
+            started: now,
+            deadline: now + allowed,
+            committed: None,
+            prefill: None,
+            verify: None,
+            first_text: None,
+            prefill_span: info_span!(parent: &span, "prefill"),
+            phase: Span::none(),
+            span,
+            counted: true,
+        })
+    }
+
+    /// When the turn fails if it has not ended.
+    pub fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
+    /// Whether it is complete.
+    pub fn ended(&self) -> bool {
+        self.machine.ended()
+    }
+
+    /// Whether it must be kept after its end.
+    pub fn kept(&self) -> bool {
+        self.machine.may_be_refused()
+    }
+
+    /// The backend's next event.
+    pub fn poll_event(&mut self, context: &mut Context<'_>) -> Poll<Option<Event>> {
+        self.backend.poll_next(context)
+    }
+
+    /// Takes an event; returns the frames to send.
+    pub fn on(&mut self, incoming: Incoming) -> Vec<CloudFrame> {
+        let effects = self.machine.on(incoming);
+        let mut frames = Vec::new();
+        for effect in effects {
+            match effect {
+                Effect::Send(frame) => frames.push(frame),
+                Effect::Mark(mark) => self.mark(mark),
+                Effect::End(finish, usage) => frames.push(self.end(finish, usage).into()),
+                Effect::Fail {
+                    error,
+                    message,
+                    retryable,
+                } => {
+                    self.record_failure(error);
+                    frames.push(turn_failed(self.id, error, message, retryable).into());
+                }
+                Effect::Backend(input) => {
+                    if let Err(failure) = self.backend.send(input) {
+                        frames.extend(self.on(Incoming::Backend(Event::Failed(failure))));
+                    }
+                }
+                Effect::Reopen(input) => {
+                    let reopened = self.service.backend.open(self.request.clone()).and_then(|turn| {
+                        self.backend = turn;
+                        self.backend.send(input)
+                    });
+                    match reopened {
+                        Ok(()) => self.count(true),
+                        Err(failure) => frames.extend(self.on(Incoming::Backend(Event::Failed(failure)))),
+                    }
+                }
+            }
+        }
+        frames
+    }
+
+    fn mark(&mut self, mark: Mark) {
+        let since_commit = self.committed.map(|at| at.elapsed());
+        match mark {
+            Mark::Prefilled => {
+                self.prefill.get_or_insert(self.started.elapsed());
+                self.prefill_span = Span::none();
+            }
+            Mark::Committed => {
+                self.committed = Some(Instant::now());
+                self.phase = info_span!(parent: &self.span, "verify");
+            }
+            Mark::Verified(verdict, correction) => {
+                self.verify = since_commit;
+                if let Some(verdict) = verdict {
+                    let (name, words) = match verdict {
+                        Verdict::Accept => ("accept", None),
+                        Verdict::Wrong { good_words, .. } => ("wrong", Some(good_words as u64)),
+                    };
+                    self.span.record(names::VERDICT, name);
+                    self.span.record(names::GOOD_WORDS, words);
+                }
+                self.span.record(names::DIRECTIVE, correction.map_or("none", name_of));
+                self.phase = info_span!(parent: &self.span, "generate");
+            }
+            Mark::FirstText => {
+                if let (None, Some(time)) = (self.first_text, since_commit) {
+                    self.first_text = Some(time);
+                    // What an edge without an opener would wait for: reading the conversation, and the first token.
+                    self.service.measured(self.prefill.unwrap_or_default() + time);
+                }
+            }
+        }
+    }
+
+    fn end(&mut self, finish: Finish, usage: Usage) -> proto::EndTurn {
+        let reason = match finish {
+            Finish::Stop => proto::FinishReason::Stop,
+            Finish::Length => proto::FinishReason::Length,
+        };
+        self.close(reason, usage)
+    }
+
+    /// The edge cancelled the turn: the frame that ends it. Dropping `self` cancels the backend's work.
+    pub fn cancelled(mut self) -> proto::EndTurn {
+        let usage = self.machine.usage();
+        let wasted = usage.wasted + usage.generated;
+        self.close(
+            proto::FinishReason::Cancelled,
+            Usage {
+                generated: 0,
+                wasted,
+                ..usage
+            },
+        )
+    }
+
+    /// The turn failed for a reason outside its backend.
+    pub fn failed(self, error: TurnError) {
+        self.record_failure(error);
+    }
+
+    fn close(&mut self, reason: proto::FinishReason, usage: Usage) -> proto::EndTurn {
+        let name = reason.as_str_name().trim_start_matches("FINISH_REASON_").to_lowercase();
+        self.span.record(names::INPUT_TOKENS, usage.prompt + usage.opener);
+        self.span.record(names::CACHED_TOKENS, usage.cached);
+        self.span.record(names::OUTPUT_TOKENS, usage.generated);
+        self.span.record(names::WASTED_TOKENS, usage.wasted);
+        self.span.record(names::FINISH_REASONS, name);
+        self.phase = Span::none();
+        self.count(false);
+        if !self.kept() || reason == proto::FinishReason::Cancelled {
+            self.span = Span::none();
+        }
+        let duration = |value: Option<Duration>| value.map(proto::duration);
+        proto::EndTurn {
+            turn_id: self.id,
+            finish_reason: reason.into(),
+            usage: Some(proto::Usage {
+                prompt_tokens: usage.prompt,
+                cached_tokens: usage.cached,
+                opener_tokens: usage.opener,
+                generated_tokens: usage.generated,
+                wasted_tokens: usage.wasted,
+            }),
+            timings: Some(proto::Timings {
+                prefill: duration(self.prefill),
+                verify: duration(self.verify),
+                first_token: duration(self.first_text),
+                total: duration(self.committed.map(|at| at.elapsed())),
+            }),
+            first_token_estimate: duration(self.service.first_text_estimate()),
+        }
+    }
+
+    fn record_failure(&self, error: TurnError) {
+        let name = error.as_str_name().trim_start_matches("TURN_ERROR_").to_lowercase();
+        self.span.record(names::ERROR_TYPE, name.as_str());
+        self.span.record("otel.status_code", "ERROR");
+        tracing::warn!(turn = self.id, error = name, "turn failed");
+    }
+
+    fn count(&mut self, running: bool) {
+        if std::mem::replace(&mut self.counted, running) != running {
+            if running {
+                self.service.running.fetch_add(1, Ordering::Relaxed);
+            } else {
+                self.service.running.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.count(false);
+    }
+}
+
+fn name_of(correction: Correction) -> &'static str {
+    match correction {
+        Correction::Bridge => "bridge",
+        Correction::Revise { .. } => "revise",
+        Correction::Restart => "restart",
+    }
+}

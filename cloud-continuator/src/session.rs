@@ -1,0 +1,485 @@
+//! A conversation with one edge, over any stream of frames: the handshake, then turns until the edge leaves.
+
+use std::{
+    collections::BTreeMap,
+    future::{pending, poll_fn},
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    task::Poll,
+    time::Duration,
+};
+
+use segue_shared::{
+    proto::{self, CloudFrame, EdgeFrame, TurnError, edge_frame::Body},
+    reply_log::Surface,
+};
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, sleep_until},
+};
+use tokio_stream::{Stream, StreamExt};
+use tonic::Status;
+
+use crate::{
+    backend::Backend,
+    request,
+    running::Running,
+    turn::{Incoming, Judgement},
+};
+
+/// What a continuator accepts.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Largest frame, in bytes.
+    pub frame_bytes: usize,
+    /// Largest user text, in bytes.
+    pub user_text_bytes: usize,
+    /// Largest history, in bytes of text.
+    pub history_bytes: usize,
+    /// Turns at a time on one stream.
+    pub turns: usize,
+    /// Largest `max_tokens`.
+    pub tokens: u32,
+    /// Time for the first frame.
+    pub first_frame: Duration,
+    /// Longest time without a frame or a running turn.
+    pub idle: Duration,
+    /// Longest life of a stream.
+    pub lifetime: Duration,
+    /// Longest time for a turn.
+    pub turn: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            frame_bytes: 256 << 10,
+            user_text_bytes: 16 << 10,
+            history_bytes: 128 << 10,
+            turns: 8,
+            tokens: 1024,
+            first_frame: Duration::from_secs(10),
+            idle: Duration::from_secs(15 * 60),
+            lifetime: Duration::from_secs(24 * 60 * 60),
+            turn: Duration::from_secs(120),
+        }
+    }
+}
+
+/// What all conversations share.
+pub struct Service {
+    /// Continues the replies.
+    pub backend: Arc<dyn Backend>,
+    /// How openers are judged.
+    pub judgement: Judgement,
+    /// What is accepted.
+    pub limits: Limits,
+    /// Set to the grace period when the continuator is going away.
+    pub draining: watch::Receiver<Option<Duration>>,
+    /// Moving average of prefill and time from commit to first text together, in microseconds; 0 before the first.
+    pub first_text_micros: AtomicU64,
+    /// Turns that run now.
+    pub running: AtomicUsize,
+}
+
+impl Service {
+    /// The current estimate of the time to the first text of a turn without an opener.
+    pub fn first_text_estimate(&self) -> Option<Duration> {
+        Some(self.first_text_micros.load(Ordering::Relaxed))
+            .filter(|micros| *micros > 0)
+            .map(Duration::from_micros)
+    }
+
+    /// Takes a measurement into the estimate (an exponential moving average; a lost update of a race does no harm).
+    pub fn measured(&self, first_text: Duration) {
+        let new = first_text.as_micros().clamp(1, u128::from(u32::MAX)) as u64;
+        let old = self.first_text_micros.load(Ordering::Relaxed);
+        let next = if old == 0 { new } else { (old * 4 + new) / 5 };
+        self.first_text_micros.store(next.max(1), Ordering::Relaxed);
+    }
+
+    fn welcome(&self, protocol_version: u32) -> proto::Welcome {
+        let limits = &self.limits;
+        proto::Welcome {
+            protocol_version,
+            server_version: env!("CARGO_PKG_VERSION").into(),
+            model: self.backend.info().model.clone(),
+            limits: Some(proto::Limits {
+                max_frame_bytes: limits.frame_bytes as u32,
+                max_user_text_bytes: limits.user_text_bytes as u32,
+                max_history_bytes: limits.history_bytes as u32,
+                max_turns: limits.turns as u32,
+                max_tokens: limits.tokens,
+                idle: Some(proto::duration(limits.idle)),
+                lifetime: Some(proto::duration(limits.lifetime)),
+            }),
+            first_token_estimate: self.first_text_estimate().map(proto::duration),
+        }
+    }
+}
+
+/// Where frames to the edge go. It is bounded: a stream whose reader is slow waits, and with it only its own turns.
+pub type Outgoing = mpsc::Sender<Result<CloudFrame, Status>>;
+
+/// Serves one stream until it ends.
+pub async fn converse<S>(service: Arc<Service>, frames: S, out: Outgoing)
+where
+    S: Stream<Item = Result<EdgeFrame, Status>> + Send,
+{
+    let mut frames = pin!(frames);
+    match handshake(&service, frames.as_mut()).await {
+        Err(status) => drop(out.send(Err(status)).await),
+        Ok((welcome, surface)) => {
+            if out.send(Ok(welcome.into())).await.is_err() {
+                return;
+            }
+            let session = Session {
+                service,
+                out: out.clone(),
+                surface,
+                turns: BTreeMap::new(),
+                last_turn: 0,
+            };
+            if let Err(End::Status(status)) = session.run(frames).await {
+                let _ = out.send(Err(status)).await;
+            }
+        }
+    }
+}
+
+async fn handshake<S>(service: &Service, mut frames: std::pin::Pin<&mut S>) -> Result<(proto::Welcome, Surface), Status>
+where
+    S: Stream<Item = Result<EdgeFrame, Status>>,
+{
+    if service.draining.borrow().is_some() {
+        return Err(Status::unavailable(
+            "this continuator is going away; connect to another",
+        ));
+    }
+    let first = tokio::time::timeout(service.limits.first_frame, frames.next())
+        .await
+        .map_err(|_| Status::deadline_exceeded(format!("no Hello came within {:?}", service.limits.first_frame)))?
+        .transpose()?;
+    let Some(Body::Hello(hello)) = first.and_then(|frame| frame.body) else {
+        return Err(Status::invalid_argument("the first frame must be Hello"));
+    };
+    let version = proto::agree(hello.min_protocol_version, hello.max_protocol_version).ok_or_else(|| {
+        Status::failed_precondition(format!(
+            "the edge speaks protocol versions {} to {}, this continuator {} to {}; update the older of the two",
+            hello.min_protocol_version,
+            hello.max_protocol_version,
+            proto::MIN_PROTOCOL_VERSION,
+            proto::MAX_PROTOCOL_VERSION
+        ))
+    })?;
+    if hello.device_id.len() > 128 {
+        return Err(Status::invalid_argument("device_id is longer than 128 bytes"));
+    }
+    let surface = match hello.surface() {
+        proto::Surface::Revisable => Surface::Revisable,
+        proto::Surface::AppendOnly | proto::Surface::Unspecified => Surface::AppendOnly,
+    };
+    tracing::debug!(
+        agent = hello.agent_version,
+        ulm = hello.ulm_name,
+        ?surface,
+        "edge connected"
+    );
+    Ok((service.welcome(version), surface))
+}
+
+enum End {
+    /// The edge is gone.
+    Gone,
+    /// The stream ends with this.
+    Status(Status),
+}
+
+struct Session {
+    service: Arc<Service>,
+    out: Outgoing,
+    surface: Surface,
+    turns: BTreeMap<u64, Running>,
+    last_turn: u64,
+}
+
+enum Next {
+    Frame(Option<Result<EdgeFrame, Status>>),
+    Backend(u64, Option<crate::backend::Event>),
+    Deadline,
+    Drain(Duration),
+}
+
+impl Session {
+    async fn run<S>(mut self, mut frames: std::pin::Pin<&mut S>) -> Result<(), End>
+    where
+        S: Stream<Item = Result<EdgeFrame, Status>>,
+    {
+        let limits = self.service.limits;
+        let born = Instant::now();
+        let mut last_frame = born;
+        let mut draining = self.service.draining.clone();
+        let mut drained = None;
+        let mut leaving = false;
+        loop {
+            if leaving && !self.turns.values().any(|t| !t.ended()) {
+                return Ok(());
+            }
+            let busy = self.turns.values().any(|t| !t.ended());
+            let idle_end = if busy {
+                born + limits.lifetime
+            } else {
+                last_frame + limits.idle
+            };
+            let stream_end = idle_end.min(born + limits.lifetime).min(drained.unwrap_or(idle_end));
+            let deadline = self
+                .turns
+                .values()
+                .filter(|t| !t.ended())
+                .map(Running::deadline)
+                .min()
+                .unwrap_or(stream_end)
+                .min(stream_end);
+            let turns = &mut self.turns;
+            let events = poll_fn(|context| {
+                for (id, turn) in turns.iter_mut().filter(|(_, turn)| !turn.ended()) {
+                    if let Poll::Ready(event) = turn.poll_event(context) {
+                        return Poll::Ready((*id, event));
+                    }
+                }
+                Poll::Pending
+            });
+            let drain = async {
+                match drained {
+                    Some(_) => pending().await,
+                    None => draining.wait_for(Option::is_some).await.ok().and_then(|grace| *grace),
+                }
+            };
+            let next = tokio::select! {
+                (id, event) = events => Next::Backend(id, event),
+                frame = frames.next(), if !leaving => Next::Frame(frame),
+                () = sleep_until(deadline) => Next::Deadline,
+                grace = drain => Next::Drain(grace.unwrap_or_default()),
+            };
+            match next {
+                Next::Backend(id, event) => {
+                    let event = event.unwrap_or_else(|| {
+                        crate::backend::Event::Failed(crate::backend::Failure::Model("the engine stopped".into()))
+                    });
+                    self.incoming(id, Incoming::Backend(event)).await?;
+                }
+                Next::Frame(Some(Ok(frame))) => {
+                    last_frame = Instant::now();
+                    self.frame(frame).await?;
+                }
+                // The edge sends no more: its running turns are finished, then the stream ends.
+                Next::Frame(None) => leaving = true,
+                Next::Frame(Some(Err(status))) => {
+                    tracing::debug!(code = ?status.code(), "the edge's stream broke");
+                    return Err(End::Gone);
+                }
+                Next::Deadline => {
+                    let now = Instant::now();
+                    let late: Vec<u64> = self
+                        .turns
+                        .iter()
+                        .filter(|(_, t)| !t.ended() && t.deadline() <= now)
+                        .map(|(id, _)| *id)
+                        .collect();
+                    for id in late {
+                        self.fail(
+                            id,
+                            TurnError::Deadline,
+                            "the turn took longer than its deadline".into(),
+                            true,
+                        )
+                        .await?;
+                    }
+                    if now >= stream_end {
+                        let why = match (drained, now >= born + limits.lifetime) {
+                            (Some(_), _) => {
+                                return Err(End::Status(Status::unavailable(
+                                    "this continuator is going away; connect to another",
+                                )));
+                            }
+                            (None, true) => format!("the stream is older than {:?}; connect again", limits.lifetime),
+                            (None, false) => format!("no frame came for {:?}; connect again", limits.idle),
+                        };
+                        return Err(End::Status(Status::deadline_exceeded(why)));
+                    }
+                }
+                Next::Drain(grace) => {
+                    drained = Some(Instant::now() + grace);
+                    self.send(
+                        proto::Drain {
+                            grace: Some(proto::duration(grace)),
+                        }
+                        .into(),
+                    )
+                    .await?;
+                    leaving = true;
+                }
+            }
+        }
+    }
+
+    async fn frame(&mut self, frame: EdgeFrame) -> Result<(), End> {
+        match frame.body {
+            Some(Body::StartTurn(start)) => self.start(start).await,
+            Some(Body::OpenerDelta(f)) => {
+                self.incoming(
+                    f.turn_id,
+                    Incoming::Delta {
+                        offset: f.offset as usize,
+                        text: f.text,
+                    },
+                )
+                .await
+            }
+            Some(Body::CommitOpener(f)) => {
+                let prefix = match f.opening {
+                    Some(proto::commit_opener::Opening::CommittedPrefix(prefix)) => prefix,
+                    Some(proto::commit_opener::Opening::NoOpener(_)) => String::new(),
+                    None => {
+                        let message = "CommitOpener says neither a prefix nor that there is none";
+                        return self
+                            .fail(f.turn_id, TurnError::InvalidArgument, message.into(), false)
+                            .await;
+                    }
+                };
+                self.incoming(
+                    f.turn_id,
+                    Incoming::Commit {
+                        prefix,
+                        resumed: f.resumed,
+                    },
+                )
+                .await
+            }
+            Some(Body::Heard(f)) => self.incoming(f.turn_id, Incoming::Heard(f.bytes as usize)).await,
+            Some(Body::RefuseDirective(f)) => {
+                self.incoming(f.turn_id, Incoming::Refused(f.revision, f.heard_bytes as usize))
+                    .await
+            }
+            Some(Body::CancelTurn(f)) => self.cancel(f.turn_id).await,
+            Some(Body::Hello(_)) => {
+                self.fail(0, TurnError::UnexpectedFrame, "Hello came twice".into(), false)
+                    .await
+            }
+            None => {
+                let message = "a frame without a body that this version knows";
+                self.fail(0, TurnError::InvalidArgument, message.into(), false).await
+            }
+        }
+    }
+
+    async fn start(&mut self, start: proto::StartTurn) -> Result<(), End> {
+        let id = start.turn_id;
+        if id <= self.last_turn {
+            let message = format!("turn ids must grow, but {id} came after {}", self.last_turn);
+            // A repeated id may be that of a running turn, which this must not end.
+            let frame = turn_failed(0, TurnError::InvalidArgument, message, false);
+            return self.send(frame.into()).await;
+        }
+        self.last_turn = id;
+        // An ended turn is kept only as long as its directive may be refused: until the next turn.
+        self.turns.retain(|_, turn| !turn.ended());
+        if self.turns.len() >= self.service.limits.turns {
+            let message = format!(
+                "{} turns are running on this stream, which is the limit",
+                self.turns.len()
+            );
+            return self
+                .send(turn_failed(id, TurnError::Overloaded, message, true).into())
+                .await;
+        }
+        let request = match request::check(&start, &self.service.limits) {
+            Ok(request) => request,
+            Err(message) => {
+                return self
+                    .send(turn_failed(id, TurnError::InvalidArgument, message, false).into())
+                    .await;
+            }
+        };
+        match Running::open(&self.service, self.surface, &start, request) {
+            Ok(turn) => {
+                self.turns.insert(id, turn);
+                Ok(())
+            }
+            Err(failed) => self.send(failed.into()).await,
+        }
+    }
+
+    async fn incoming(&mut self, id: u64, incoming: Incoming) -> Result<(), End> {
+        let Some(turn) = self.turns.get_mut(&id) else {
+            // News of a turn that has just ended cross its end on the way.
+            let late = id > 0 && id <= self.last_turn && matches!(incoming, Incoming::Heard(_) | Incoming::Refused(..));
+            if late {
+                return Ok(());
+            }
+            return self
+                .fail(
+                    id,
+                    TurnError::UnknownTurn,
+                    format!("turn {id} does not run on this stream"),
+                    false,
+                )
+                .await;
+        };
+        for frame in turn.on(incoming) {
+            self.send(frame).await?;
+        }
+        if self.turns.get(&id).is_some_and(|turn| turn.ended() && !turn.kept()) {
+            self.turns.remove(&id);
+        }
+        Ok(())
+    }
+
+    async fn cancel(&mut self, id: u64) -> Result<(), End> {
+        match self.turns.remove(&id) {
+            Some(turn) if !turn.ended() => {
+                let end = turn.cancelled();
+                self.send(end.into()).await
+            }
+            // It ended while the frame was on its way.
+            Some(_) => Ok(()),
+            None if id > 0 && id <= self.last_turn => Ok(()),
+            None => {
+                self.fail(
+                    id,
+                    TurnError::UnknownTurn,
+                    format!("turn {id} does not run on this stream"),
+                    false,
+                )
+                .await
+            }
+        }
+    }
+
+    async fn fail(&mut self, id: u64, error: TurnError, message: String, retryable: bool) -> Result<(), End> {
+        if let Some(turn) = self.turns.remove(&id) {
+            turn.failed(error);
+        }
+        self.send(turn_failed(id, error, message, retryable).into()).await
+    }
+
+    async fn send(&self, frame: CloudFrame) -> Result<(), End> {
+        self.out.send(Ok(frame)).await.map_err(|_| End::Gone)
+    }
+}
+
+/// The frame that reports a failed turn.
+pub fn turn_failed(turn_id: u64, error: TurnError, message: String, retryable: bool) -> proto::TurnFailed {
+    // How long an overloaded continuator should be left alone.
+    let retry_after = (error == TurnError::Overloaded).then(|| proto::duration(Duration::from_millis(500)));
+    proto::TurnFailed {
+        turn_id,
+        error: error.into(),
+        message,
+        retryable,
+        retry_after,
+    }
+}

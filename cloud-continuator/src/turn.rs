@@ -1,0 +1,363 @@
+//! One turn at the continuator, as a pure state machine: events in, effects out; no clock, no socket.
+
+use segue_shared::{
+    proto::{self, CloudFrame, DirectiveReason, TurnError},
+    reply_log::{Correction, Surface},
+    seam::Seam,
+};
+
+use crate::{
+    backend::{Event, Failure, Finish, Input, Message, Usage},
+    policy,
+    verify::{self, Thresholds, Verdict},
+};
+
+/// What verifying and correcting depend on.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Judgement {
+    /// The likelihood verifier's thresholds.
+    pub thresholds: Thresholds,
+    /// Which directives may be used.
+    pub policy: policy::Settings,
+}
+
+/// What happens to a turn.
+#[derive(Clone, Debug)]
+pub enum Incoming {
+    /// The opener grew at byte `offset`.
+    Delta {
+        /// Where the text stands.
+        offset: usize,
+        /// The words.
+        text: String,
+    },
+    /// The opener is final (empty: none).
+    Commit {
+        /// The committed prefix.
+        prefix: String,
+        /// It was judged in an earlier attempt.
+        resumed: bool,
+    },
+    /// The user has had this many bytes of the reply.
+    Heard(usize),
+    /// The edge could not carry out the directive of this revision; this much was heard.
+    Refused(u32, usize),
+    /// The backend's news.
+    Backend(Event),
+}
+
+/// What is to be done about it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Effect {
+    /// Tell the backend.
+    Backend(Input),
+    /// The backend's turn is over; begin it anew and tell it this.
+    Reopen(Input),
+    /// Send a frame to the edge.
+    Send(CloudFrame),
+    /// Something worth a mark on the trace happened.
+    Mark(Mark),
+    /// The turn is complete.
+    End(Finish, Usage),
+    /// The turn failed.
+    Fail {
+        /// What went wrong.
+        error: TurnError,
+        /// One sentence about it.
+        message: String,
+        /// Whether another try may help.
+        retryable: bool,
+    },
+}
+
+/// Moments of a turn.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Mark {
+    /// The conversation is in the cache.
+    Prefilled,
+    /// The opener was committed.
+    Committed,
+    /// The verdict, and what was decided.
+    Verified(Option<Verdict>, Option<Correction>),
+    /// The first text was sent.
+    FirstText,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum State {
+    Opening,
+    Verifying {
+        resumed: bool,
+    },
+    Generating,
+    /// Complete; a directive may still be refused.
+    Ended,
+}
+
+/// The machine.
+#[derive(Debug)]
+pub struct Turn {
+    id: u64,
+    surface: Surface,
+    judgement: Judgement,
+    tone: proto::Tone,
+    history: Vec<Message>,
+    state: State,
+    /// The opener so far, then the committed prefix.
+    opener: String,
+    /// Bytes of the reply text that are fixed: sent, or committed and kept.
+    length: usize,
+    heard: usize,
+    revision: u32,
+    seam: Seam,
+    spoke: bool,
+    usage: Usage,
+    failed: bool,
+}
+
+impl Turn {
+    /// A turn that has begun. `tone` is the turn's own wish, if it has one; `history` tells which bridges were used.
+    pub fn new(id: u64, surface: Surface, judgement: Judgement, tone: proto::Tone, history: Vec<Message>) -> Self {
+        Self {
+            id,
+            surface,
+            judgement,
+            tone: if tone == proto::Tone::Unspecified {
+                judgement.policy.tone
+            } else {
+                tone
+            },
+            history,
+            state: State::Opening,
+            opener: String::new(),
+            length: 0,
+            heard: 0,
+            revision: 0,
+            seam: Seam::new(""),
+            spoke: false,
+            usage: Usage::default(),
+            failed: false,
+        }
+    }
+
+    /// Whether the turn is complete.
+    pub fn ended(&self) -> bool {
+        self.state == State::Ended
+    }
+
+    /// Whether an ended turn must be kept, because the edge may yet refuse what was done to its opener.
+    pub fn may_be_refused(&self) -> bool {
+        self.revision > 0 && self.surface == Surface::AppendOnly && !self.failed
+    }
+
+    /// What the turn took so far.
+    pub fn usage(&self) -> Usage {
+        self.usage
+    }
+
+    /// Takes an event.
+    pub fn on(&mut self, incoming: Incoming) -> Vec<Effect> {
+        let effects = match incoming {
+            Incoming::Delta { offset, text } => self.delta(offset, &text),
+            Incoming::Commit { prefix, resumed } => self.commit(prefix, resumed),
+            Incoming::Heard(bytes) => {
+                self.heard = self.heard.max(bytes);
+                Vec::new()
+            }
+            Incoming::Refused(revision, heard) => self.refused(revision, heard),
+            Incoming::Backend(event) => self.backend(event),
+        };
+        if effects.iter().any(|effect| matches!(effect, Effect::Fail { .. })) {
+            self.state = State::Ended;
+            self.failed = true;
+        }
+        effects
+    }
+
+    fn delta(&mut self, offset: usize, text: &str) -> Vec<Effect> {
+        if self.state != State::Opening {
+            return unexpected("an opener delta came after the opener was committed");
+        }
+        if offset != self.opener.len() {
+            return invalid(format!(
+                "an opener delta stands at byte {offset}, but the opener has {} bytes",
+                self.opener.len()
+            ));
+        }
+        self.opener.push_str(text);
+        vec![Effect::Backend(Input::Opener(self.opener.trim_end().to_owned()))]
+    }
+
+    fn commit(&mut self, prefix: String, resumed: bool) -> Vec<Effect> {
+        if self.state != State::Opening {
+            return unexpected("the opener was committed twice");
+        }
+        self.length = prefix.len();
+        self.opener = prefix;
+        self.state = State::Verifying { resumed };
+        vec![
+            Effect::Mark(Mark::Committed),
+            Effect::Backend(Input::Commit(self.opener.trim_end().to_owned())),
+        ]
+    }
+
+    fn backend(&mut self, event: Event) -> Vec<Effect> {
+        match (event, &self.state) {
+            (_, State::Ended) => Vec::new(),
+            (Event::Prefilled, _) => vec![Effect::Mark(Mark::Prefilled)],
+            (Event::Scored(scores), State::Verifying { resumed }) => {
+                let judged = !resumed && self.judgement.policy.verify;
+                let verdict = judged.then(|| verify::likelihood(&self.opener, &scores, &self.judgement.thresholds));
+                self.judge(verdict)
+            }
+            (Event::Text(text, usage), State::Generating) => {
+                self.usage = usage;
+                let text = self.seam.push(&text);
+                self.say(text)
+            }
+            (Event::Done(finish, usage), State::Generating) => {
+                self.usage = usage;
+                let rest = self.seam.finish();
+                let mut effects = self.say(rest);
+                self.state = State::Ended;
+                effects.push(Effect::End(finish, usage));
+                effects
+            }
+            (Event::Failed(failure), _) => vec![failed(&failure)],
+            // A generation that was replaced may still have an event on its way.
+            (Event::Scored(_) | Event::Text(..) | Event::Done(..), _) => Vec::new(),
+        }
+    }
+
+    fn judge(&mut self, verdict: Option<Verdict>) -> Vec<Effect> {
+        let correction =
+            verdict.and_then(|verdict| policy::directive(verdict, self.surface, self.heard, &self.judgement.policy));
+        let mut effects = vec![Effect::Mark(Mark::Verified(verdict, correction))];
+        match correction {
+            None => effects.extend(self.generate(self.opener.clone()).map(Effect::Backend)),
+            Some(correction) => {
+                let reason = match verdict {
+                    Some(Verdict::Wrong { off_topic: true, .. }) if correction == Correction::Restart => {
+                        DirectiveReason::OffTopic
+                    }
+                    _ => DirectiveReason::UnlikelyWord,
+                };
+                let (more, input) = self.correct(correction, reason);
+                effects.extend(more);
+                effects.extend(input.map(Effect::Backend));
+            }
+        }
+        effects
+    }
+
+    /// Begins a new revision; returns what to send, and what to tell the backend.
+    fn correct(&mut self, correction: Correction, reason: DirectiveReason) -> (Vec<Effect>, Option<Input>) {
+        self.revision += 1;
+        let kept = correction.kept(self.opener.len());
+        let kind = match correction {
+            Correction::Bridge => proto::directive::Kind::Bridge(proto::Bridge { tone: self.tone.into() }),
+            Correction::Revise { keep } => proto::directive::Kind::Revise(proto::Revise {
+                keep_bytes: keep as u32,
+            }),
+            Correction::Restart => proto::directive::Kind::Restart(proto::Restart {}),
+        };
+        let directive = proto::Directive {
+            turn_id: self.id,
+            revision: self.revision,
+            kind: Some(kind),
+            reason: reason.into(),
+        };
+        let mut effects = vec![Effect::Send(directive.into())];
+        self.length = kept;
+        self.spoke = false;
+        let mut reply = self.opener[..kept].to_owned();
+        if correction == Correction::Bridge {
+            let bridge = policy::bridge(self.tone, &self.history, self.id);
+            let joint = if reply.is_empty() || reply.ends_with(char::is_whitespace) {
+                ""
+            } else {
+                " "
+            };
+            let text = format!("{joint}{bridge}");
+            reply.push_str(&text);
+            effects.extend(self.say(text));
+        }
+        let input = self.generate(reply).next();
+        (effects, input)
+    }
+
+    fn generate(&mut self, reply: String) -> impl Iterator<Item = Input> + use<> {
+        self.state = State::Generating;
+        self.seam = Seam::new(&reply);
+        std::iter::once(Input::Generate(reply.trim_end().to_owned()))
+    }
+
+    fn refused(&mut self, revision: u32, heard: usize) -> Vec<Effect> {
+        self.heard = self.heard.max(heard);
+        if revision == 0 || revision != self.revision {
+            return Vec::new(); // an older directive; the newer one stands
+        }
+        let ended = self.state == State::Ended;
+        let (mut effects, input) = self.correct(Correction::Bridge, DirectiveReason::Refused);
+        effects.extend(input.map(|input| {
+            if ended {
+                Effect::Reopen(input)
+            } else {
+                Effect::Backend(input)
+            }
+        }));
+        effects
+    }
+
+    fn say(&mut self, text: String) -> Vec<Effect> {
+        if text.is_empty() {
+            return Vec::new();
+        }
+        let chunk = proto::Chunk {
+            turn_id: self.id,
+            revision: self.revision,
+            offset: self.length as u32,
+            text,
+        };
+        self.length += chunk.text.len();
+        let mut effects = vec![Effect::Send(chunk.into())];
+        if !std::mem::replace(&mut self.spoke, true) {
+            effects.push(Effect::Mark(Mark::FirstText));
+        }
+        effects
+    }
+}
+
+fn unexpected(message: &str) -> Vec<Effect> {
+    vec![Effect::Fail {
+        error: TurnError::UnexpectedFrame,
+        message: message.into(),
+        retryable: false,
+    }]
+}
+
+fn invalid(message: String) -> Vec<Effect> {
+    vec![Effect::Fail {
+        error: TurnError::InvalidArgument,
+        message,
+        retryable: false,
+    }]
+}
+
+/// How a backend's failure is told to the edge.
+pub fn failed(failure: &Failure) -> Effect {
+    let (error, retryable) = match failure {
+        Failure::ContextTooSmall { .. } => (TurnError::ContextTooSmall, false),
+        Failure::Overloaded => (TurnError::Overloaded, true),
+        Failure::Model(_) => (TurnError::Backend, true),
+    };
+    Effect::Fail {
+        error,
+        message: failure.to_string(),
+        retryable,
+    }
+}
+
+#[cfg(test)]
+#[path = "turn_tests.rs"]
+mod tests;

@@ -1,0 +1,235 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use segue_shared::{
+    proto::{GenerationParameters, Tone},
+    reply_log::Surface,
+};
+
+use crate::{
+    conversation::Options,
+    opener::{MAX_WORDS, MIN_WORDS, Policy},
+    ulm::{self, precision::Precision, sampler::Sampling},
+};
+
+/// How fast people read silently, in words a minute.
+const READING: f32 = 238.0;
+
+/// Says the first words of a reply at once with a micro language model and lets a continuator finish it.
+#[derive(Debug, Parser)]
+#[command(version, arg_required_else_help = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Ask one question.
+    Ask {
+        /// The question.
+        question: String,
+        /// How.
+        #[command(flatten)]
+        options: Box<Talk>,
+    },
+    /// Talk: a line, a reply, and so on until the end of the input.
+    Chat {
+        /// How.
+        #[command(flatten)]
+        options: Box<Talk>,
+    },
+}
+
+/// Options of a conversation.
+#[derive(Debug, Args)]
+pub struct Talk {
+    /// The continuator's address.
+    #[arg(long, default_value = "http://127.0.0.1:50051", env = "SEGUE_SERVER")]
+    pub server: String,
+    /// Folder of the micro language model (config.json, model.safetensors, tokenizer.json).
+    #[arg(long, default_value = "edge-agent/model", env = "SEGUE_ULM")]
+    pub model: PathBuf,
+    /// Where replies are shown: on a screen, or spoken.
+    #[arg(long, value_enum, default_value_t = SurfaceArg::Revisable)]
+    pub surface: SurfaceArg,
+    /// What is written to standard output: the reply for people, or events for programs.
+    #[arg(long, value_enum, default_value_t = OutputArg::Text)]
+    pub output: OutputArg,
+    /// Leave out the line with the timings.
+    #[arg(long, short)]
+    pub quiet: bool,
+    /// Most words of an opener.
+    #[arg(long, default_value_t = MAX_WORDS as u8, value_parser = clap::value_parser!(u8).range(MIN_WORDS as i64..=MAX_WORDS as i64))]
+    pub opener_words: u8,
+    /// Rate of speech in words a minute, on an append-only surface.
+    #[arg(long, default_value_t = 183.0, value_parser = rate)]
+    pub wpm: f32,
+    /// Sampling temperature of both models; 0 takes the likeliest words.
+    #[arg(long, default_value_t = 0.0, value_parser = temperature)]
+    pub temperature: f32,
+    /// Nucleus sampling of both models.
+    #[arg(long, default_value_t = 1.0, value_parser = share)]
+    pub top_p: f32,
+    /// Seed of both models' sampling, for replies that can be repeated.
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Most tokens of the continuation [default: the continuator's].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_tokens: Option<u32>,
+    /// Manner of the self-repair when an opener was wrong [default: the continuator's].
+    #[arg(long, value_enum)]
+    pub tone: Option<ToneArg>,
+    /// Numbers that the micro language model computes in [default: the fastest here, by measurement].
+    #[arg(long, value_enum)]
+    pub precision: Option<Precision>,
+    /// Threads of the micro language model [default: one per core].
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub threads: Option<u16>,
+    /// Say these words in place of the micro language model's (for trying out directives).
+    #[arg(long, value_name = "WORDS")]
+    pub force_opener: Option<String>,
+}
+
+/// Surfaces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SurfaceArg {
+    /// A screen: text can be taken back.
+    Revisable,
+    /// Speech: what was heard stays heard.
+    AppendOnly,
+}
+
+/// Outputs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OutputArg {
+    /// The reply.
+    Text,
+    /// One JSON object an event.
+    Jsonl,
+}
+
+/// Tones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ToneArg {
+    /// Matter-of-fact.
+    Neutral,
+    /// With a short apology.
+    Apologetic,
+    /// Light-hearted.
+    Playful,
+}
+
+fn number(text: &str, what: &str, ok: impl Fn(f32) -> bool) -> Result<f32, String> {
+    text.parse::<f32>()
+        .ok()
+        .filter(|value| ok(*value))
+        .ok_or_else(|| what.to_owned())
+}
+
+fn temperature(text: &str) -> Result<f32, String> {
+    number(text, "a temperature is a number from 0 to 2", |v| {
+        (0.0..=2.0).contains(&v)
+    })
+}
+
+fn share(text: &str) -> Result<f32, String> {
+    number(text, "a share is a number above 0 and up to 1", |v| v > 0.0 && v <= 1.0)
+}
+
+fn rate(text: &str) -> Result<f32, String> {
+    number(
+        text,
+        "a rate of speech is a number from 20 to 2000 words a minute",
+        |v| (20.0..=2000.0).contains(&v),
+    )
+}
+
+impl Talk {
+    /// What to load.
+    pub fn ulm(&self) -> ulm::Options {
+        ulm::Options {
+            folder: self.model.clone(),
+            precision: self.precision,
+            threads: self.threads.map(usize::from),
+        }
+    }
+
+    /// The surface.
+    pub fn surface(&self) -> Surface {
+        match self.surface {
+            SurfaceArg::Revisable => Surface::Revisable,
+            SurfaceArg::AppendOnly => Surface::AppendOnly,
+        }
+    }
+
+    /// How turns are run.
+    pub fn options(&self) -> Options {
+        let surface = self.surface();
+        let pace = if surface == Surface::AppendOnly {
+            self.wpm
+        } else {
+            READING
+        };
+        Options {
+            surface,
+            words_per_minute: self.wpm,
+            policy: Policy::new(self.opener_words.into(), pace),
+            sampling: Sampling {
+                temperature: self.temperature,
+                top_p: self.top_p,
+                seed: self.seed,
+            },
+            parameters: GenerationParameters {
+                max_tokens: self.max_tokens.unwrap_or(0),
+                temperature: Some(self.temperature),
+                top_p: Some(self.top_p),
+                seed: self.seed,
+                ..GenerationParameters::default()
+            },
+            tone: match self.tone {
+                None => Tone::Unspecified,
+                Some(ToneArg::Neutral) => Tone::Neutral,
+                Some(ToneArg::Apologetic) => Tone::Apologetic,
+                Some(ToneArg::Playful) => Tone::Playful,
+            },
+            forced_opener: self.force_opener.clone(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused() {
+        for (flag, value) in [
+            ("--opener-words", "3"),
+            ("--opener-words", "9"),
+            ("--temperature", "NaN"),
+            ("--temperature", "-1"),
+            ("--top-p", "0"),
+            ("--wpm", "0"),
+            ("--max-tokens", "0"),
+            ("--surface", "paper"),
+            ("--output", "xml"),
+            ("--tone", "angry"),
+        ] {
+            let parsed = Cli::try_parse_from(["edge-agent", "ask", "why?", &format!("{flag}={value}")]);
+            assert!(parsed.is_err(), "{flag} {value}");
+        }
+        assert!(Cli::try_parse_from(["edge-agent", "ask", "why?", "--opener-words=4"]).is_ok());
+    }
+}

@@ -1,0 +1,4 @@
+//! How a turn is shown.
+
+pub mod json;
+pub mod text;

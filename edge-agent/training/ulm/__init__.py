@@ -1,0 +1,1 @@
+"""How Segue's micro language model (μLM) is made: see ../README.md."""
