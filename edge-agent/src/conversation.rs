@@ -275,6 +275,9 @@ impl Conversation {
         self.engine.generate(
             request,
             Box::new(move |step| {
+                if say.is_closed() {
+                    return ControlFlow::Break(()); // the turn is over
+                }
                 let saying = match step {
                     Step::Word(word) => opener.word(word),
                     Step::End { stop, .. } => opener.end_of_words(stop),

@@ -146,15 +146,15 @@ async fn open(options: &Talk) -> Result<Conversation, Failed> {
     let ulm = options.ulm();
     let folder = ulm.folder.display().to_string();
     let engine = tokio::task::spawn_blocking(move || Engine::load(ulm));
-    // The handshake names the model, so it waits for it; the connection does not.
-    let channel = client::connect(&options.server).await.map_err(cannot_connect)?;
-    let engine = engine
-        .await
-        .map_err(|e| (Exit::Software, e.to_string()))?
-        .map_err(|error: LoadError| {
-            let hint = "name another folder with --model; it needs config.json, model.safetensors and tokenizer.json of a Llama-family model";
-            (Exit::Usage, format!("the micro language model in {folder} cannot be used: {error}; {hint}"))
-        })?;
+    // The handshake names the model, so it waits for it; the connection does not. Loading is waited for even when there is nobody to
+    // talk to: a program must not end while libtorch computes.
+    let (channel, engine) = tokio::join!(client::connect(&options.server), engine);
+    let channel = channel.map_err(cannot_connect)?;
+    let engine = engine.map_err(|e| (Exit::Software, e.to_string()))?.map_err(|error: LoadError| {
+        let hint =
+            "name another folder with --model; it needs config.json, model.safetensors and tokenizer.json of a Llama-family model";
+        (Exit::Usage, format!("the micro language model in {folder} cannot be used: {error}; {hint}"))
+    })?;
     let info = engine.info();
     tracing::debug!(load_ms = info.load_time.as_millis() as u64, precision = ?info.precision, parameters = info.parameters, "model loaded");
     let surface = match options.surface() {

@@ -1,1 +1,5 @@
-//! x
+//! The end-to-end tests' harness: real programs on free ports, and scripted peers for what a well-behaved one never does.
+
+pub mod edge;
+pub mod peer;
+pub mod programs;

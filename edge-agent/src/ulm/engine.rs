@@ -5,6 +5,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::{Arc, mpsc},
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -99,11 +100,26 @@ struct Job {
     sink: Sink,
 }
 
-/// A handle to the engine; clones share it. The thread ends when the last one is dropped.
+/// A handle to the engine; clones share it. The thread ends when the last one is dropped, which waits for it: a program must not end
+/// while libtorch computes.
 #[derive(Clone, Debug)]
-pub struct Engine {
-    jobs: mpsc::SyncSender<Job>,
-    info: Arc<Info>,
+pub struct Engine(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    /// `None` once the last handle is gone.
+    jobs: Option<mpsc::SyncSender<Job>>,
+    thread: Option<JoinHandle<()>>,
+    info: Info,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
 }
 
 impl Engine {
@@ -114,7 +130,7 @@ impl Engine {
     pub fn load(options: Options) -> Result<Self, LoadError> {
         let (jobs, queue) = mpsc::sync_channel::<Job>(WAITING_JOBS);
         let (loaded, result) = mpsc::channel();
-        std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name("ulm".into())
             .spawn(move || {
                 let _inference = tch::no_grad_guard();
@@ -131,24 +147,33 @@ impl Engine {
                 }
             })
             .map_err(|e| LoadError::Torch(e.to_string()))?;
-        let info = result
+        match result
             .recv()
-            .unwrap_or_else(|_| Err(LoadError::Torch("its thread ended".into())))?;
-        Ok(Self {
-            jobs,
-            info: Arc::new(info),
-        })
+            .unwrap_or_else(|_| Err(LoadError::Torch("its thread ended".into())))
+        {
+            Ok(info) => Ok(Self(Arc::new(Shared {
+                jobs: Some(jobs),
+                thread: Some(thread),
+                info,
+            }))),
+            Err(error) => {
+                let _ = thread.join();
+                Err(error)
+            }
+        }
     }
 
     /// What was loaded.
     pub fn info(&self) -> &Info {
-        &self.info
+        &self.0.info
     }
 
     /// Queues a generation. Its steps go to `sink`, on the engine's thread; the last one is [`Step::End`] unless the sink broke off.
     pub fn generate(&self, request: Generate, sink: Sink) {
         // The thread lives as long as a handle does and survives libtorch's failures, so that the queue cannot be closed.
-        let _ = self.jobs.send(Job { request, sink });
+        if let Some(jobs) = &self.0.jobs {
+            let _ = jobs.send(Job { request, sink });
+        }
     }
 }
 
