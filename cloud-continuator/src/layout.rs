@@ -28,6 +28,9 @@ pub enum Layout {
     Chat,
 }
 
+/// Renders (role, text) pairs with a model's chat template, up to where the assistant's text begins.
+pub type Render<'a> = dyn Fn(&[(&str, String)]) -> Result<String, String> + 'a;
+
 /// A part of a prompt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Part {
@@ -71,13 +74,8 @@ impl Layout {
         }
     }
 
-    /// The prompt, up to where the reply text begins. `template` renders (role, text) pairs, for [`Layout::Chat`].
-    pub fn prompt(
-        self,
-        history: &[Message],
-        user_text: &str,
-        template: &dyn Fn(&[(&str, String)]) -> Result<String, String>,
-    ) -> Result<Vec<Part>, String> {
+    /// The prompt, up to where the reply text begins. `template` is for [`Layout::Chat`].
+    pub fn prompt(self, history: &[Message], user_text: &str, template: &Render<'_>) -> Result<Vec<Part>, String> {
         match self {
             Layout::Dialogue => {
                 let mut text = DIALOGUE.to_owned();
@@ -104,11 +102,7 @@ fn one_line(text: &str) -> String {
 }
 
 /// Renders the template around placeholders, so that what people wrote is never read as the template's structure.
-fn chat(
-    history: &[Message],
-    user_text: &str,
-    template: &dyn Fn(&[(&str, String)]) -> Result<String, String>,
-) -> Result<Vec<Part>, String> {
+fn chat(history: &[Message], user_text: &str, template: &Render<'_>) -> Result<Vec<Part>, String> {
     let placeholder = |n: usize| format!("\u{1}{n}\u{1}");
     let mut texts = vec![SYSTEM];
     let mut roles = vec!["system"];

@@ -255,16 +255,18 @@ impl Conversation {
             let _ = say.try_send(Said::Done(decision));
             return words;
         }
-        if let (Some(cloud), Some(own)) = (self.estimate, self.own_first_word) {
-            if cloud < own {
-                let decision = Decision {
-                    words: 0,
-                    reason: Reason::FastCloud,
-                    mean_log_probability: None,
-                };
-                let _ = say.try_send(Said::Done(decision));
-                return words;
-            }
+        if self
+            .estimate
+            .zip(self.own_first_word)
+            .is_some_and(|(cloud, own)| cloud < own)
+        {
+            let decision = Decision {
+                words: 0,
+                reason: Reason::FastCloud,
+                mean_log_probability: None,
+            };
+            let _ = say.try_send(Said::Done(decision));
+            return words;
         }
         let mut opener = Opener::new(self.options.policy, self.estimate);
         let request = Generate {

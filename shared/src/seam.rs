@@ -143,7 +143,7 @@ fn echo(prefix: &str, text: &str, last: bool) -> Echo {
     let said = significant(text);
     let ends_word = |end: usize| match text[end..].chars().next() {
         // An apostrophe or a hyphen may go on with the same word: "is" and "isn't", "it" and "it's".
-        Some(c) if matches!(c, '\'' | '’' | '-') => text[end..]
+        Some('\'' | '’' | '-') => text[end..]
             .chars()
             .nth(1)
             .map(|d| !d.is_alphanumeric())

@@ -80,10 +80,11 @@ class Examples:
         tokens, soft = [], []
         for step, token in enumerate(row["tokens"]):
             pieces = self.spell(token)
-            if step == 0:
+            if not tokens:
                 pieces = self.ids(self.tokenizer.decode(pieces).lstrip())
-                tokens += pieces
-                soft += [bare(row["top"][0], pieces[0], self)] + [None] * (len(pieces) - 1)
+                if pieces:
+                    tokens += pieces
+                    soft += [bare(row["top"][step], pieces[0], self)] + [None] * (len(pieces) - 1)
                 continue
             tokens += pieces
             soft += [soft_of(row["top"], step, self)] + [None] * (len(pieces) - 1)
