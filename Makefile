@@ -3,7 +3,7 @@
 CARGO ?= cargo
 .DEFAULT_GOAL := help
 
-.PHONY: help setup build demo test fmt lint bench bench-edge clean
+.PHONY: help setup build demo test fmt lint bench eval clean
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -27,7 +27,11 @@ test: fmt lint build ## Format, lints, and all tests: unit, property and end-to-
 	$(CARGO) test --release --locked --workspace
 
 bench: build ## Measure the pair on this machine
+	$(CARGO) bench --locked -p edge-agent --bench ulm
 	$(CARGO) run --release --locked -p segue-tests --bin bench
+
+eval: build ## Evaluate the verifier and the openers
+	$(CARGO) run --release --locked -p segue-tests --bin eval
 
 clean: ## Remove builds and everything that setup brought
 	rm -rf target .segue

@@ -295,10 +295,23 @@ def write_cargo_config() -> None:
         "CMAKE": DEST / "tools" / "cmake",
         "LIBCLANG_PATH": DEST / "tools" / "libclang",
         "BINDGEN_EXTRA_CLANG_ARGS": f"-I{headers}",
+        **vector_instructions(),
     }
     lines = ["# Written by deploy/setup.py for this machine; a value set in the environment wins.", "[env]"]
     lines += [f"{name} = {json.dumps(str(value))}" for name, value in env.items()]
     (DEST / "cargo.toml").write_text("\n".join(lines) + "\n")
+
+
+def vector_instructions() -> dict[str, str]:
+    """llama.cpp is built for AVX2 unless told otherwise; what is built here is for this machine, so it may use what this machine has."""
+    try:
+        flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M).group(1).split())
+    except (OSError, AttributeError):
+        return {}
+    if not {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"} <= flags:
+        return {}
+    extra = {"GGML_AVX512_VNNI": "avx512_vnni", "GGML_AVX512_VBMI": "avx512vbmi", "GGML_AVX512_BF16": "avx512_bf16"}
+    return {"GGML_AVX512": "ON"} | {option: "ON" for option, flag in extra.items() if flag in flags}
 
 
 def manifest() -> dict:

@@ -51,6 +51,9 @@ pub enum Input {
     Opener(String),
     /// The committed prefix; answered with [`Event::Scored`].
     Commit(String),
+    /// Judge this opener and go on, in one request: answered like [`Input::Generate`], with a control line at the head of the text
+    /// (see [`crate::judge`]).
+    Judge(String),
     /// Continue this reply text; answered with [`Event::Text`]s and [`Event::Done`]. May come again with another text, which
     /// ends the generation before.
     Generate(String),

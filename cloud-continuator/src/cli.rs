@@ -5,7 +5,12 @@ use std::{net::SocketAddr, path::PathBuf};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use segue_shared::proto::Tone;
 
-use crate::{layout::Layout, policy, turn::Judgement, verify::Thresholds};
+use crate::{
+    layout::Layout,
+    policy,
+    turn::Judgement,
+    verify::{self, Thresholds},
+};
 
 /// The default large model, which `make setup` brings.
 pub const DEFAULT_MODEL: &str = ".segue/models/SmolLM2-135M-Instruct.Q4_1.gguf";
@@ -68,6 +73,9 @@ pub struct Serve {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Directives")]
 pub struct JudgementArgs {
+    /// How openers are judged.
+    #[arg(long, value_enum, default_value_t = verify::Kind::Likelihood)]
+    pub verifier: verify::Kind,
     /// Directives that may be used besides `bridge`, which is always possible.
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Allowed::Revise, Allowed::Restart])]
     pub directives: Vec<Allowed>,
@@ -123,6 +131,7 @@ impl JudgementArgs {
             ToneArg::Playful => Tone::Playful,
         };
         Judgement {
+            verifier: self.verifier,
             thresholds: Thresholds {
                 word: self.word_threshold,
                 mean: self.mean_threshold,

@@ -3,6 +3,7 @@
 pub mod backend;
 pub mod cli;
 pub mod grpc;
+pub mod judge;
 pub mod layout;
 pub mod names;
 pub mod policy;

@@ -4,17 +4,21 @@ use segue_shared::{
     proto::{self, CloudFrame, DirectiveReason, TurnError},
     reply_log::{Correction, Surface},
     seam::Seam,
+    words,
 };
 
 use crate::{
     backend::{Event, Failure, Finish, Input, Message, Usage},
+    judge::Control,
     policy,
-    verify::{self, Thresholds, Verdict},
+    verify::{self, Answer, Judged, Thresholds, Verdict, Verifier},
 };
 
 /// What verifying and correcting depend on.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Judgement {
+    /// Who judges.
+    pub verifier: verify::Kind,
     /// The likelihood verifier's thresholds.
     pub thresholds: Thresholds,
     /// Which directives may be used.
@@ -86,16 +90,13 @@ pub enum Mark {
 #[derive(Debug, PartialEq, Eq)]
 enum State {
     Opening,
-    Verifying {
-        resumed: bool,
-    },
+    Verifying,
     Generating,
     /// Complete; a directive may still be refused.
     Ended,
 }
 
 /// The machine.
-#[derive(Debug)]
 pub struct Turn {
     id: u64,
     surface: Surface,
@@ -103,6 +104,8 @@ pub struct Turn {
     tone: proto::Tone,
     history: Vec<Message>,
     state: State,
+    /// `None` when nothing is to be judged.
+    verifier: Option<Box<dyn Verifier>>,
     /// The opener so far, then the committed prefix.
     opener: String,
     /// Bytes of the reply text that are fixed: sent, or committed and kept.
@@ -129,6 +132,7 @@ impl Turn {
             },
             history,
             state: State::Opening,
+            verifier: None,
             opener: String::new(),
             length: 0,
             heard: 0,
@@ -194,31 +198,43 @@ impl Turn {
         }
         self.length = prefix.len();
         self.opener = prefix;
-        self.state = State::Verifying { resumed };
-        vec![
-            Effect::Mark(Mark::Committed),
-            Effect::Backend(Input::Commit(self.opener.trim_end().to_owned())),
-        ]
+        self.state = State::Verifying;
+        let judged = !resumed && self.judgement.policy.verify && words::count(&self.opener) > 0;
+        self.verifier = judged.then(|| self.judgement.verifier.verifier(self.judgement.thresholds));
+        let opener = self.opener.trim_end();
+        let question = self
+            .verifier
+            .as_ref()
+            .map_or_else(|| Input::Commit(opener.to_owned()), |v| v.question(opener));
+        vec![Effect::Mark(Mark::Committed), Effect::Backend(question)]
     }
 
     fn backend(&mut self, event: Event) -> Vec<Effect> {
         match (event, &self.state) {
             (_, State::Ended) => Vec::new(),
             (Event::Prefilled, _) => vec![Effect::Mark(Mark::Prefilled)],
-            (Event::Scored(scores), State::Verifying { resumed }) => {
-                let judged = !resumed && self.judgement.policy.verify;
-                let verdict = judged.then(|| verify::likelihood(&self.opener, &scores, &self.judgement.thresholds));
-                self.judge(verdict)
+            (Event::Scored(scores), State::Verifying) => self.answer(Answer::Scores(&scores)),
+            (Event::Text(text, usage), State::Verifying) => {
+                self.usage = usage;
+                self.answer(Answer::Text(&text))
             }
             (Event::Text(text, usage), State::Generating) => {
                 self.usage = usage;
                 let text = self.seam.push(&text);
                 self.say(text)
             }
-            (Event::Done(finish, usage), State::Generating) => {
+            (Event::Done(finish, usage), State::Verifying | State::Generating) => {
                 self.usage = usage;
+                let mut effects = if self.state == State::Verifying {
+                    self.answer(Answer::End)
+                } else {
+                    Vec::new()
+                };
+                if effects.iter().any(|effect| matches!(effect, Effect::Backend(_))) {
+                    return effects; // the judge's text was of no use, and another is on its way
+                }
                 let rest = self.seam.finish();
-                let mut effects = self.say(rest);
+                effects.extend(self.say(rest));
                 self.state = State::Ended;
                 effects.push(Effect::End(finish, usage));
                 effects
@@ -229,14 +245,27 @@ impl Turn {
         }
     }
 
-    fn judge(&mut self, verdict: Option<Verdict>) -> Vec<Effect> {
-        let correction =
-            verdict.and_then(|verdict| policy::directive(verdict, self.surface, self.heard, &self.judgement.policy));
+    fn answer(&mut self, answer: Answer<'_>) -> Vec<Effect> {
+        let judged = match &mut self.verifier {
+            None => return self.judge(None, None),
+            Some(verifier) => verifier.answer(&self.opener, answer),
+        };
+        judged.map_or_else(Vec::new, |Judged { verdict, spoken }| self.judge(Some(verdict), spoken))
+    }
+
+    /// Acts on a verdict; `spoken` is what a judge decided itself and went on with.
+    fn judge(&mut self, verdict: Option<Verdict>, spoken: Option<(Control, String)>) -> Vec<Effect> {
+        let allowed = |verdict| policy::directive(verdict, self.surface, self.heard, &self.judgement.policy);
+        let correction = match &spoken {
+            Some((Control::Bridge, _)) => Some(Correction::Bridge),
+            _ => verdict.and_then(allowed),
+        };
         let mut effects = vec![Effect::Mark(Mark::Verified(verdict, correction))];
-        match correction {
-            None => effects.extend(self.generate(self.opener.clone()).map(Effect::Backend)),
+        let input = match correction {
+            None => self.generate(self.opener.clone()),
             Some(correction) => {
                 let reason = match verdict {
+                    _ if spoken.is_some() => DirectiveReason::Judged,
                     Some(Verdict::Wrong { off_topic: true, .. }) if correction == Correction::Restart => {
                         DirectiveReason::OffTopic
                     }
@@ -244,14 +273,22 @@ impl Turn {
                 };
                 let (more, input) = self.correct(correction, reason);
                 effects.extend(more);
-                effects.extend(input.map(Effect::Backend));
+                input
             }
+        };
+        match spoken {
+            // The judge went on as it decided, and that is what is done: its text is the continuation.
+            Some((control, text)) if went_on(control, correction) => {
+                let text = self.seam.push(&text);
+                effects.extend(self.say(text));
+            }
+            _ => effects.push(Effect::Backend(input)),
         }
         effects
     }
 
     /// Begins a new revision; returns what to send, and what to tell the backend.
-    fn correct(&mut self, correction: Correction, reason: DirectiveReason) -> (Vec<Effect>, Option<Input>) {
+    fn correct(&mut self, correction: Correction, reason: DirectiveReason) -> (Vec<Effect>, Input) {
         self.revision += 1;
         let kept = correction.kept(self.opener.len());
         let kind = match correction {
@@ -282,14 +319,14 @@ impl Turn {
             reply.push_str(&text);
             effects.extend(self.say(text));
         }
-        let input = self.generate(reply).next();
+        let input = self.generate(reply);
         (effects, input)
     }
 
-    fn generate(&mut self, reply: String) -> impl Iterator<Item = Input> + use<> {
+    fn generate(&mut self, reply: String) -> Input {
         self.state = State::Generating;
         self.seam = Seam::new(&reply);
-        std::iter::once(Input::Generate(reply.trim_end().to_owned()))
+        Input::Generate(reply.trim_end().to_owned())
     }
 
     fn refused(&mut self, revision: u32, heard: usize) -> Vec<Effect> {
@@ -299,13 +336,11 @@ impl Turn {
         }
         let ended = self.state == State::Ended;
         let (mut effects, input) = self.correct(Correction::Bridge, DirectiveReason::Refused);
-        effects.extend(input.map(|input| {
-            if ended {
-                Effect::Reopen(input)
-            } else {
-                Effect::Backend(input)
-            }
-        }));
+        effects.push(if ended {
+            Effect::Reopen(input)
+        } else {
+            Effect::Backend(input)
+        });
         effects
     }
 
@@ -325,6 +360,17 @@ impl Turn {
             effects.push(Effect::Mark(Mark::FirstText));
         }
         effects
+    }
+}
+
+/// Whether a judge that decided `control` has gone on as `correction` wants it.
+fn went_on(control: Control, correction: Option<Correction>) -> bool {
+    match (control, correction) {
+        (_, None) => true, // accepted, or a number of words outside the opener
+        (Control::Bridge, Some(Correction::Bridge))
+        | (Control::Restart | Control::Revise(0), Some(Correction::Restart))
+        | (Control::Revise(_), Some(Correction::Revise { .. })) => true,
+        _ => false,
     }
 }
 

@@ -257,3 +257,97 @@ proptest! {
         }
     }
 }
+
+fn judging(surface: Surface) -> Turn {
+    let judgement = Judgement {
+        verifier: verify::Kind::Judge,
+        ..Judgement::default()
+    };
+    Turn::new(1, surface, judgement, proto::Tone::Neutral, Vec::new())
+}
+
+fn text(turn: &mut Turn, text: &str) -> Vec<Effect> {
+    turn.on(Incoming::Backend(Event::Text(text.into(), Usage::default())))
+}
+
+#[test]
+fn a_judge_says_the_verdict_and_the_text_in_one_reply() {
+    for (control, kept, kind) in [
+        ("[accept]", OPENER, None),
+        (
+            "[revise 5]",
+            "The capital of Australia is",
+            Some(Kind::Revise(proto::Revise { keep_bytes: 27 })),
+        ),
+        ("[restart]", "", Some(Kind::Restart(proto::Restart {}))),
+    ] {
+        let mut turn = judging(Surface::Revisable);
+        assert_eq!(inputs(&commit(&mut turn, OPENER)), [Input::Judge(OPENER.into())]);
+        let mut effects = text(&mut turn, &control[..4]);
+        assert_eq!(effects, []);
+        effects.extend(text(&mut turn, &format!("{}\n Canberra", &control[4..])));
+        effects.extend(text(&mut turn, "."));
+        assert_eq!(inputs(&effects), [], "no second request");
+        let mut log = ReplyLog::new(Surface::Revisable);
+        log.push_opener(OPENER);
+        for frame in frames(&effects) {
+            match frame {
+                Body::Directive(d) => {
+                    assert_eq!(
+                        (Some(d.kind.unwrap()), d.reason),
+                        (kind, DirectiveReason::Judged.into())
+                    );
+                    log.apply_directive(
+                        d.revision,
+                        match kind {
+                            Some(Kind::Revise(r)) => Correction::Revise {
+                                keep: r.keep_bytes as usize,
+                            },
+                            _ => Correction::Restart,
+                        },
+                    )
+                    .unwrap();
+                }
+                Body::Chunk(c) => drop(log.apply_chunk(c.revision, c.offset as usize, &c.text).unwrap()),
+                other => panic!("{other:?}"),
+            }
+        }
+        let joint = if kept.is_empty() { "Canberra." } else { " Canberra." };
+        assert_eq!(log.text(), format!("{kept}{joint}"));
+    }
+}
+
+#[test]
+fn a_judge_whose_wish_is_not_allowed_is_asked_again() {
+    let mut turn = judging(Surface::AppendOnly);
+    turn.on(Incoming::Heard(30));
+    commit(&mut turn, OPENER);
+    let effects = text(&mut turn, "[restart]\nThe capital is Canberra.");
+    let [Body::Directive(directive), Body::Chunk(bridge)] = &frames(&effects)[..] else {
+        panic!("{effects:?}")
+    };
+    assert!(matches!(directive.kind, Some(Kind::Bridge(_))));
+    assert_eq!(inputs(&effects), [Input::Generate(format!("{OPENER}{}", bridge.text))]);
+}
+
+#[test]
+fn a_judge_that_says_nothing_or_garbage_loses_no_turn() {
+    for (reply, said) in [
+        ("", ""),
+        ("[banana]\n Canberra", " Canberra"),
+        (" which is wrong", " which is wrong"),
+        ("accept", ""),
+    ] {
+        let mut turn = judging(Surface::Revisable);
+        commit(&mut turn, OPENER);
+        let mut effects = text(&mut turn, reply);
+        effects.extend(turn.on(Incoming::Backend(Event::Done(Finish::Stop, Usage::default()))));
+        let chunks: String = frames(&effects)
+            .into_iter()
+            .filter_map(|f| if let Body::Chunk(c) = f { Some(c.text) } else { None })
+            .collect();
+        assert_eq!(chunks, said, "{reply:?}");
+        assert!(matches!(effects.last(), Some(Effect::End(..))), "{effects:?}");
+        assert_eq!(inputs(&effects), []);
+    }
+}

@@ -2,7 +2,99 @@
 
 use segue_shared::words;
 
-use crate::backend::TokenScore;
+use crate::{
+    backend::{Input, TokenScore},
+    judge::{self, Control, ControlLine},
+};
+
+/// Judges one opener.
+pub trait Verifier: Send + Sync {
+    /// What the backend is to be asked about a committed opener.
+    fn question(&self, opener: &str) -> Input;
+
+    /// Takes the backend's answer, piece by piece, until there is a judgement.
+    fn answer(&mut self, opener: &str, answer: Answer<'_>) -> Option<Judged>;
+}
+
+/// A piece of a backend's answer.
+#[derive(Clone, Copy, Debug)]
+pub enum Answer<'a> {
+    /// How probable it finds the opener's tokens.
+    Scores(&'a [TokenScore]),
+    /// Text that it generates.
+    Text(&'a str),
+    /// It has no more to say.
+    End,
+}
+
+/// A verifier's result.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Judged {
+    /// The verdict.
+    pub verdict: Verdict,
+    /// What a judge decided itself, and the text that it went on with accordingly.
+    pub spoken: Option<(Control, String)>,
+}
+
+/// Which verifier to use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Kind {
+    /// By the large model's log-probabilities of the opener's words; costs nothing, as they are read anyway.
+    #[default]
+    Likelihood,
+    /// By asking the large model for a control line; for models that follow instructions well.
+    Judge,
+}
+
+impl Kind {
+    /// A verifier of this kind.
+    pub fn verifier(self, thresholds: Thresholds) -> Box<dyn Verifier> {
+        match self {
+            Kind::Likelihood => Box::new(Likelihood(thresholds)),
+            Kind::Judge => Box::new(Judge::default()),
+        }
+    }
+}
+
+/// Compares the opener's log-probabilities with thresholds.
+#[derive(Clone, Copy, Debug)]
+pub struct Likelihood(pub Thresholds);
+
+impl Verifier for Likelihood {
+    fn question(&self, opener: &str) -> Input {
+        Input::Commit(opener.to_owned())
+    }
+
+    fn answer(&mut self, opener: &str, answer: Answer<'_>) -> Option<Judged> {
+        let Answer::Scores(scores) = answer else { return None };
+        Some(Judged {
+            verdict: likelihood(opener, scores, &self.0),
+            spoken: None,
+        })
+    }
+}
+
+/// Reads the control line of a judge's reply.
+#[derive(Clone, Debug, Default)]
+pub struct Judge(ControlLine);
+
+impl Verifier for Judge {
+    fn question(&self, opener: &str) -> Input {
+        Input::Judge(opener.to_owned())
+    }
+
+    fn answer(&mut self, opener: &str, answer: Answer<'_>) -> Option<Judged> {
+        let (control, text) = match answer {
+            Answer::Scores(_) => return None,
+            Answer::Text(text) => self.0.push(text, false)?,
+            Answer::End => self.0.push("", true)?,
+        };
+        Some(Judged {
+            verdict: judge::verdict(control, opener),
+            spoken: Some((control, text)),
+        })
+    }
+}
 
 /// When a word counts as wrong. All are natural-log probabilities; the defaults were chosen with `make eval` (see the README's
 /// section on directives) so that at most 5 % of good openers are corrected.

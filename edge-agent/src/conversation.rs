@@ -26,7 +26,8 @@ use crate::{
 const STALL: Duration = Duration::from_secs(30);
 /// Tokens that the μLM may spend on an opener.
 const OPENER_TOKENS: usize = 32;
-/// Bytes of history that are sent at most; the oldest exchanges are left out first.
+/// Bytes of history that are sent at most. When it grows past this, the oldest exchanges are left out until half of it remains: a history
+/// that lost its head a little every turn would have to be read anew by the continuator every turn.
 const HISTORY_BYTES: usize = 8 << 10;
 
 /// How turns are run.
@@ -329,7 +330,11 @@ impl Conversation {
             .welcome
             .limits
             .map_or(HISTORY_BYTES, |l| HISTORY_BYTES.min(l.max_history_bytes as usize));
-        while self.history.iter().map(|m| m.text.len()).sum::<usize>() > limit {
+        let bytes = |history: &[proto::Message]| history.iter().map(|m| m.text.len()).sum::<usize>();
+        if bytes(&self.history) <= limit {
+            return;
+        }
+        while bytes(&self.history) > limit / 2 {
             // An exchange goes whole.
             self.history.remove(0);
             while self.history.first().is_some_and(|m| m.role() == Role::Assistant) {

@@ -228,7 +228,9 @@ fn mean(words: &[Word]) -> f32 {
 
 /// Whether a word ends a clause, in any script's punctuation.
 fn ends_clause(word: &str) -> bool {
-    let word = word.trim_end().trim_end_matches(['"', '”', '’', '\'', ')', '»', '」', '）']);
+    let word = word
+        .trim_end()
+        .trim_end_matches(['"', '”', '’', '\'', ')', '»', '」', '）']);
     word.ends_with([
         '.', ',', ';', ':', '!', '?', '…', '—', '。', '，', '、', '！', '？', '；', '：', '،', '؛', '؟', '।',
     ])

@@ -84,15 +84,22 @@ fn mend(prefix: &str, text: &str, last: bool) -> Option<String> {
         Echo::Absent => text,
         Echo::Repeats { end } => {
             let rest = &text[end..];
-            if prefix.ends_with(closes) {
-                // The echo's own punctuation repeats the prefix's: "Sure," + "Sure! I will" is "Sure, I will".
+            // What the prefix ends with after its last word is repeated as well, as it is or as other punctuation: "Sure," + "Sure! I will"
+            // is "Sure, I will".
+            let tail = &prefix[prefix.trim_end_matches(|c: char| !c.is_alphanumeric()).len()..];
+            let head = rest.trim_start();
+            if tail.trim().is_empty() {
+                rest
+            } else if let Some(bare) = head.strip_prefix(tail.trim_start()) {
+                bare
+            } else if !last && tail.trim_start().starts_with(head) {
+                return None;
+            } else {
                 let bare = rest.trim_start_matches(closes);
                 if bare.is_empty() && !last {
                     return None;
                 }
                 bare
-            } else {
-                rest
             }
         }
     };
@@ -116,11 +123,15 @@ enum Echo {
     },
 }
 
-/// Letters and digits, lower-cased, each with the byte where its source character ends.
+/// Letters and digits, case-folded (through upper case, so that "ß" is "ss"), each with the byte where its source character ends.
 fn significant(text: &str) -> Vec<(char, usize)> {
     text.char_indices()
         .filter(|(_, c)| c.is_alphanumeric())
-        .flat_map(|(i, c)| c.to_lowercase().map(move |l| (l, i + c.len_utf8())))
+        .flat_map(|(i, c)| {
+            c.to_uppercase()
+                .flat_map(char::to_lowercase)
+                .map(move |l| (l, i + c.len_utf8()))
+        })
         .collect()
 }
 
@@ -128,7 +139,7 @@ fn echo(prefix: &str, text: &str, last: bool) -> Echo {
     let head = text.trim_start();
     // "..." before an echo is a habit of models that are asked for a continuation in words.
     let bare = head
-        .trim_start_matches(['.', '…', '"', '“', '«', '*', '\'', '‘'])
+        .trim_start_matches(|c| matches!(c, '.' | '…' | '"' | '*' | '\'') || opens(c))
         .trim_start();
     if bare.is_empty() {
         return if last || prefix.is_empty() {
@@ -277,10 +288,11 @@ fn one_cluster(before: char, first: char) -> bool {
 
 /// The model wrote white space: is it right?
 fn keeps_space(prefix: &str, before: char, first: char, body: &str, last: bool) -> Option<bool> {
-    if opens(before) && !quoted_closed(prefix, before) {
+    // Guillemets are set with or without spaces inside; the model knows which language it writes.
+    if opens_here(prefix, before) && before != '«' {
         return Some(false);
     }
-    if closes(first) {
+    if closes(first) || first == '“' && low_quote_open(prefix) {
         // " .NET" and " .5" are words.
         return match body.chars().nth(1) {
             Some(next) => {
@@ -304,7 +316,8 @@ fn wants_space(prefix: &str, before: char, first: char, body: &str, last: bool) 
     if unspaced(before) || unspaced(first) || closes(first) {
         return Some(false);
     }
-    if opens(before) || matches!(before, '/' | '\\' | '@' | '#' | '_' | '—') || "$£€¥₹".contains(before) {
+    if opens_here(prefix, before) || matches!(before, '/' | '\\' | '@' | '#' | '_' | '—') || "$£€¥₹".contains(before)
+    {
         return Some(before == '—' && spaced_dash(prefix));
     }
     if matches!(before, '-' | '–') {
@@ -322,6 +335,7 @@ fn wants_space(prefix: &str, before: char, first: char, body: &str, last: bool) 
         },
         '—' | '/' | '\\' | '_' | '^' | '\u{200d}' => false,
         '(' => !plural(body, last)?,
+        '“' if low_quote_open(prefix) => false,
         _ if opens(first) => true,
         _ if first.is_numeric() => {
             let number = prefix.trim_end_matches(['.', ',', ':']);
@@ -355,9 +369,15 @@ fn open_quote(prefix: &str, quote: char) -> bool {
     open
 }
 
-/// Guillemets face both ways; „low“ quotes close with what elsewhere opens.
-fn quoted_closed(prefix: &str, before: char) -> bool {
-    before == '“' && prefix.contains('„')
+/// Whether `before`, the prefix's last character, opens something there: what opens an English “quotation” closes a German „one“.
+fn opens_here(prefix: &str, before: char) -> bool {
+    let head = &prefix[..prefix.len() - before.len_utf8()];
+    opens(before) && !(before == '“' && low_quote_open(head))
+}
+
+/// Whether a „low“ quotation mark is open at the end of the prefix.
+fn low_quote_open(prefix: &str) -> bool {
+    prefix.rfind('„').is_some_and(|at| !prefix[at..].contains(['“', '”']))
 }
 
 /// `body` begins with an apostrophe: is it the tail of a contraction? `None`: too short to tell.

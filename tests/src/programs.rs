@@ -80,12 +80,9 @@ impl Continuator {
     /// When it does not come up.
     pub fn start_with(args: &[&str], change: impl FnOnce(&mut Command)) -> Self {
         let mut command = command("cloud-continuator");
-        command
-            .args(["serve", "--listen", "127.0.0.1:0"])
-            .args(args)
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped());
+        command.args(["serve", "--listen", "127.0.0.1:0"]).args(args);
         change(&mut command);
+        command.stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("the continuator starts");
         let log = Arc::new(Mutex::new(String::new()));
         let (serving, address) = mpsc::channel();

@@ -22,7 +22,7 @@ use tokio::sync::mpsc;
 
 use super::sequence::{Sequence, Token};
 use crate::{
-    backend::{Event, Failure, Finish, Input, Parameters, Request, Usage},
+    backend::{Event, Failure, Finish, Input, Message, Parameters, Request, Usage},
     layout::Layout,
     stop::StopFilter,
 };
@@ -61,6 +61,8 @@ enum Phase {
 struct Active {
     id: u64,
     events: mpsc::Sender<Event>,
+    history: Vec<Message>,
+    user_text: String,
     parameters: Parameters,
     prompt: Vec<Token>,
     phase: Phase,
@@ -253,8 +255,32 @@ impl<'m> Engine<'m> {
             Input::Opener(text) => (text, Phase::Reading),
             Input::Commit(text) => (text, Phase::Committed),
             Input::Generate(text) => (text, Phase::Generating),
+            Input::Judge(text) => return self.judge(n, &text),
         };
         let reply = self.reply(&text);
+        let stops = self.layout.stops().iter().map(|s| (*s).to_owned()).collect();
+        self.retarget(n, phase, None, &reply, stops);
+    }
+
+    /// Judging is generating after another prompt, in which the opener is quoted; a reply may have several lines there.
+    fn judge(&mut self, n: usize, opener: &str) {
+        let Some(active) = &self.slots[n].active else { return };
+        let user_text = crate::judge::ask(&active.user_text, opener);
+        match self.prompt(&active.history, &user_text) {
+            Ok(prompt) => self.retarget(n, Phase::Generating, Some(prompt), &[], vec!["\nUser:".into()]),
+            Err(error) => self.end(n, Event::Failed(Failure::Model(error))),
+        }
+    }
+
+    /// Brings a turn to a new phase, with another reply text (and, to judge, another prompt).
+    fn retarget(
+        &mut self,
+        n: usize,
+        phase: Phase,
+        prompt: Option<Vec<Token>>,
+        reply: &[(Token, usize)],
+        stops: Vec<String>,
+    ) {
         let Slot {
             sequence,
             active: Some(active),
@@ -263,10 +289,11 @@ impl<'m> Engine<'m> {
         else {
             return;
         };
-        let needed = active.prompt.len() + reply.len() + active.parameters.max_tokens as usize;
+        let prompt = prompt.unwrap_or_else(|| active.prompt.clone());
+        let needed = prompt.len() + reply.len() + active.parameters.max_tokens as usize;
         if phase == Phase::Generating {
             // Words that were read and are not continued, and what an earlier generation made, were for nothing.
-            let wanted: Vec<Token> = active.prompt.iter().copied().chain(reply.iter().map(|r| r.0)).collect();
+            let wanted: Vec<Token> = prompt.iter().copied().chain(reply.iter().map(|r| r.0)).collect();
             let kept = sequence.common(&wanted).max(active.prompt.len());
             let dropped = sequence.cached().len().saturating_sub(kept);
             active.usage.wasted += dropped as u32;
@@ -274,25 +301,21 @@ impl<'m> Engine<'m> {
             active.usage.opener = reply.len() as u32;
             active.sampler = sampler(&active.parameters);
             active.partial.clear();
-            let stops = self.layout.stops().iter().map(|s| (*s).to_owned());
-            active.stop = StopFilter::new(stops.chain(active.parameters.stop.iter().cloned()));
+            active.stop = StopFilter::new(stops.into_iter().chain(active.parameters.stop.iter().cloned()));
         }
         active.phase = phase;
-        let (prompt, room) = (active.prompt.clone(), active.room);
-        if needed > room && !self.make_room(needed - room) {
-            self.end(
-                n,
-                Event::Failed(Failure::ContextTooSmall {
-                    needed,
-                    available: self.cells,
-                }),
-            );
-            return;
+        let room = active.room;
+        active.room = room.max(needed);
+        if needed > room && !self.make_room() {
+            let available = self.cells;
+            let failure = if needed > available {
+                Failure::ContextTooSmall { needed, available }
+            } else {
+                Failure::Overloaded
+            };
+            return self.end(n, Event::Failed(failure));
         }
-        if let Some(active) = &mut self.slots[n].active {
-            active.room = room.max(needed);
-        }
-        let keep = self.slots[n].sequence.retarget(&prompt, &reply);
+        let keep = self.slots[n].sequence.retarget(&prompt, reply);
         self.cut(n, keep);
     }
 
@@ -365,6 +388,8 @@ impl<'m> Engine<'m> {
             slot.active = Some(Active {
                 id,
                 events,
+                history: request.history,
+                user_text: request.user_text,
                 parameters: request.parameters,
                 prompt,
                 phase: Phase::Reading,
@@ -395,9 +420,10 @@ impl<'m> Engine<'m> {
             .sum()
     }
 
-    fn make_room(&mut self, more: usize) -> bool {
+    /// Whether everything that is reserved fits, if need be after dropping caches.
+    fn make_room(&mut self) -> bool {
         let used = self.head.len() + self.reserved(usize::MAX);
-        used + more <= self.cells || self.evict(used + more - self.cells, usize::MAX)
+        used <= self.cells || self.evict(used - self.cells, usize::MAX)
     }
 
     /// Drops caches of finished conversations, oldest first, until `cells` are free.
@@ -581,7 +607,7 @@ impl<'m> Engine<'m> {
 
     // --- text and tokens ---
 
-    fn prompt(&self, history: &[crate::backend::Message], user_text: &str) -> Result<Vec<Token>, String> {
+    fn prompt(&self, history: &[Message], user_text: &str) -> Result<Vec<Token>, String> {
         let render = |messages: &[(&str, String)]| super::render(self.model, messages);
         let parts = self.layout.prompt(history, user_text, &render)?;
         let vocab = self.model.vocab();

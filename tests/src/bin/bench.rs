@@ -1,0 +1,202 @@
+//! The handoff, measured from outside: the same turns with the prefill overlapping the opener, and one after the other.
+//!
+//! Each program is pinned to a core of its own where there are two (`taskset`): in reality they run on two machines, and both
+//! runtimes spin while they wait.
+
+use std::{
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use segue_shared::proto::{Surface, cloud_frame::Body};
+use segue_tests::{
+    edge::Edge,
+    programs::{Continuator, command, finish, program},
+};
+use serde_json::Value;
+
+/// (question, opener)
+const TURNS: [(&str, &str); 6] = [
+    ("Who painted the Mona Lisa?", "The Mona Lisa was painted"),
+    ("How do I make a cup of tea with milk?", "To make a cup of tea, boil"),
+    ("What is the capital of France?", "The capital of France is"),
+    ("Why is the sky blue?", "The sky is blue because"),
+    ("Set an alarm for seven tomorrow morning.", "Sure, I'll set an alarm"),
+    ("How do I boil an egg?", "To boil an egg, put it"),
+];
+const ROUNDS: usize = 8;
+/// How long a μLM takes for a word here, roughly; the opener is played back at this pace.
+const WORD: Duration = Duration::from_millis(10);
+
+fn percentile(times: &mut [f64], share: f64) -> f64 {
+    times.sort_unstable_by(f64::total_cmp);
+    times[((times.len() as f64 * share).ceil() as usize).clamp(1, times.len()) - 1]
+}
+
+fn row(name: &str, times: &mut [f64]) {
+    if times.is_empty() {
+        println!("  {name:<58} {:>8} {:>8}", "-", "-");
+    } else {
+        println!(
+            "  {name:<58} {:>8.1} {:>8.1}",
+            percentile(times, 0.5),
+            percentile(times, 0.95)
+        );
+    }
+}
+
+fn pinned() -> bool {
+    let two = std::thread::available_parallelism().is_ok_and(|n| n.get() >= 2);
+    two && Command::new("taskset")
+        .args(["-c", "1", "true"])
+        .status()
+        .is_ok_and(|s| s.success())
+}
+
+fn machine() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = info
+        .lines()
+        .find_map(|l| l.strip_prefix("model name"))
+        .map_or("unknown", |l| l.trim_start_matches([' ', '\t', ':']));
+    format!(
+        "{name}, {} cores",
+        std::thread::available_parallelism().map_or(0, usize::from)
+    )
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() {
+    let pin = pinned();
+    println!(
+        "machine: {}; {}",
+        machine(),
+        if pin {
+            "edge on core 0, continuator on core 1"
+        } else {
+            "not pinned"
+        }
+    );
+    let args = ["--no-verify", "--threads", "1"];
+    let continuator = Continuator::start_with(&args, |command| {
+        if pin {
+            let (path, old) = (
+                program("cloud-continuator"),
+                std::mem::replace(command, Command::new("taskset")),
+            );
+            command
+                .args(["-c", "1"])
+                .arg(path)
+                .args(old.get_args())
+                .current_dir(old.get_current_dir().expect("set"));
+        }
+    });
+    let mut edge = Edge::connect(&continuator.url, Surface::Revisable).await;
+    let (mut overlapped, mut sequential, mut steps) = (Vec::new(), Vec::new(), Vec::new());
+    let mut id = 0;
+    for round in 0..=ROUNDS {
+        for (question, opener) in TURNS {
+            for overlap in [true, false] {
+                id += 1;
+                // A digit in front makes every prompt new, so that no turn finds another's question in the cache.
+                let question = format!("{id}. {question}");
+                if overlap {
+                    edge.start(id, &question).await;
+                }
+                let mut at = 0;
+                for word in opener.split_inclusive(' ') {
+                    tokio::time::sleep(WORD).await;
+                    if overlap {
+                        edge.delta(id, at as u32, word).await;
+                    }
+                    at += word.len();
+                }
+                let committed = Instant::now();
+                if !overlap {
+                    edge.start(id, &question).await;
+                }
+                edge.commit(id, opener).await;
+                let mut last = None;
+                loop {
+                    match edge.next().await {
+                        Body::Chunk(_) => {
+                            let now = Instant::now();
+                            match last.replace(now) {
+                                None if round > 0 => {
+                                    let time = now.duration_since(committed).as_secs_f64() * 1e3;
+                                    if overlap {
+                                        overlapped.push(time)
+                                    } else {
+                                        sequential.push(time)
+                                    }
+                                }
+                                Some(before) if round > 0 => steps.push(now.duration_since(before).as_secs_f64() * 1e3),
+                                _ => {}
+                            }
+                        }
+                        Body::EndTurn(_) => break,
+                        other => panic!("{other:?}"),
+                    }
+                }
+            }
+        }
+    }
+    println!("\n  {:<58} {:>8} {:>8}", "handoff (ms)", "p50", "p95");
+    row("one decode step", &mut steps);
+    row("commit to first continuation text, prefill overlapped", &mut overlapped);
+    row(
+        "commit to first continuation text, one after the other",
+        &mut sequential,
+    );
+    let ratio = percentile(&mut overlapped, 0.5) / percentile(&mut steps, 0.5);
+    println!("  overlapped commit to first text is {ratio:.2}x one decode step");
+
+    println!(
+        "\n  {:<58} {:>8} {:>8}",
+        "edge-agent chat, as a user sees it (ms)", "p50", "p95"
+    );
+    let mut chat = command("edge-agent");
+    if pin {
+        let mut taskset = Command::new("taskset");
+        taskset
+            .args(["-c", "0"])
+            .arg(program("edge-agent"))
+            .current_dir(chat.get_current_dir().expect("set"));
+        chat = taskset;
+    }
+    chat.args(["chat", "--server", &continuator.url, "--output", "jsonl"]);
+    let input: String = TURNS
+        .iter()
+        .map(|(question, _)| format!("{question}\n"))
+        .collect::<String>()
+        .repeat(ROUNDS);
+    let events = finish(chat, input.as_bytes()).events();
+    let ends: Vec<&Value> = events
+        .iter()
+        .filter(|e| e["event"] == "end")
+        .skip(TURNS.len())
+        .collect();
+    let times = |what: &str| {
+        ends.iter()
+            .filter_map(|e| e["timings"][what].as_f64())
+            .collect::<Vec<_>>()
+    };
+    row("question to first word", &mut times("first_word_ms"));
+    row("question to committed opener", &mut times("opener_committed_ms"));
+    row("handoff gap on the screen", &mut times("handoff_gap_ms"));
+    row("question to complete reply", &mut times("total_ms"));
+
+    let mut start_up: Vec<f64> = (0..10)
+        .map(|_| {
+            let mut chat = command("edge-agent");
+            chat.args(["chat", "--server", &continuator.url, "--output", "jsonl"]);
+            let started = Instant::now();
+            finish(chat, b"");
+            started.elapsed().as_secs_f64() * 1e3
+        })
+        .collect();
+    row(
+        "edge-agent from start to ready (load, warm up, connect) to end",
+        &mut start_up,
+    );
+}
