@@ -123,7 +123,7 @@ fn what_was_heard_is_bridged() {
     };
     assert!(matches!(directive.kind, Some(Kind::Bridge(_))));
     assert_eq!((bridge.revision, bridge.offset as usize), (1, OPENER.len()));
-    assert_eq!(inputs(&effects), [Input::Generate(format!("{OPENER}{}", bridge.text))]);
+    assert_eq!(inputs(&effects), [Input::Generate(String::new())]);
 }
 
 #[test]
@@ -323,11 +323,11 @@ fn a_judge_whose_wish_is_not_allowed_is_asked_again() {
     turn.on(Incoming::Heard(30));
     commit(&mut turn, OPENER);
     let effects = text(&mut turn, "[restart]\nThe capital is Canberra.");
-    let [Body::Directive(directive), Body::Chunk(bridge)] = &frames(&effects)[..] else {
+    let [Body::Directive(directive), Body::Chunk(_)] = &frames(&effects)[..] else {
         panic!("{effects:?}")
     };
     assert!(matches!(directive.kind, Some(Kind::Bridge(_))));
-    assert_eq!(inputs(&effects), [Input::Generate(format!("{OPENER}{}", bridge.text))]);
+    assert_eq!(inputs(&effects), [Input::Generate(String::new())]);
 }
 
 #[test]

@@ -69,6 +69,9 @@ pub struct Talk {
     /// Rate of speech in words a minute, on an append-only surface.
     #[arg(long, default_value_t = 183.0, value_parser = rate)]
     pub wpm: f32,
+    /// Speak through this program, which reads words from its standard input (espeak-ng, piper); needs --surface append-only.
+    #[arg(long, value_name = "PROGRAM")]
+    pub speak: Option<String>,
     /// Sampling temperature of both models; 0 takes the likeliest words.
     #[arg(long, default_value_t = 0.0, value_parser = temperature)]
     pub temperature: f32,

@@ -10,6 +10,7 @@ use edge_agent::{
     ulm::{Engine, LoadError},
     view::{
         json::{Json, failure},
+        speech::Speech,
         text::{Terminal, Text},
     },
 };
@@ -83,7 +84,7 @@ async fn ask(question: &str, options: &Talk) -> Result<Exit, Failed> {
     }
     let mut conversation = open(options).await?;
     check_length(question, &conversation)?;
-    let mut view = view(options);
+    let mut view = view(options)?;
     let interrupt = async { drop(tokio::signal::ctrl_c().await) };
     let outcome = conversation.turn(question, &mut *view, interrupt).await;
     report(&outcome)
@@ -91,7 +92,7 @@ async fn ask(question: &str, options: &Talk) -> Result<Exit, Failed> {
 
 async fn chat(options: &Talk) -> Result<Exit, Failed> {
     let mut conversation = open(options).await?;
-    let mut view = view(options);
+    let mut view = view(options)?;
     let people = std::io::stdin().is_terminal() && options.output == OutputArg::Text;
     if people && !options.quiet {
         say(&format!(
@@ -209,9 +210,9 @@ fn check_length(question: &str, conversation: &Conversation) -> Result<(), Faile
     Ok(())
 }
 
-fn view(options: &Talk) -> Box<dyn View> {
+fn view(options: &Talk) -> Result<Box<dyn View>, Failed> {
     let out = std::io::stdout();
-    match options.output {
+    let shown: Box<dyn View> = match options.output {
         OutputArg::Jsonl => Box::new(Json(out)),
         OutputArg::Text => {
             let columns = out
@@ -227,6 +228,14 @@ fn view(options: &Talk) -> Box<dyn View> {
                 },
             ))
         }
+    };
+    match &options.speak {
+        None => Ok(shown),
+        Some(_) if options.surface() == Surface::Revisable => Err((
+            Exit::Usage,
+            "what is spoken cannot be taken back: --speak needs --surface append-only".into(),
+        )),
+        Some(command) => Ok(Box::new(Speech::start(command, shown).map_err(|e| (Exit::Usage, e))?)),
     }
 }
 

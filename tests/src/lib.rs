@@ -1,6 +1,7 @@
 //! The end-to-end tests' harness: real programs on free ports, and scripted peers for what a well-behaved one never does.
 
 pub mod edge;
+pub mod golden;
 pub mod metrics;
 pub mod peer;
 pub mod programs;

@@ -194,3 +194,37 @@ fn speech_is_paced_and_heard() {
     assert!(heard.windows(2).all(|w| w[0] < w[1]), "{heard:?}");
     assert_eq!(*heard.last().unwrap() as usize, text.len());
 }
+
+#[test]
+fn words_are_piped_to_a_speech_program() {
+    let continuator = Continuator::start(&[]);
+    let file = std::env::temp_dir().join(format!("segue-spoken-{}", std::process::id()));
+    let speak = format!("--speak=tee {}", file.display());
+    let args = [
+        "--surface=append-only",
+        "--wpm=2000",
+        &speak,
+        "--force-opener=To make tea, boil",
+        "How do I make tea?",
+    ];
+    let done = ask(&continuator.url, &args);
+    assert_eq!(done.code, 0, "{}", done.err);
+    let spoken = std::fs::read_to_string(&file).unwrap();
+    let text = done.events().last().unwrap()["text"].as_str().unwrap().to_owned();
+    assert_eq!(
+        spoken.split_whitespace().collect::<Vec<_>>(),
+        text.split_whitespace().collect::<Vec<_>>()
+    );
+    let _ = std::fs::remove_file(file);
+    for (args, says) in [
+        (
+            &["--speak=no-such-program", "--surface=append-only"][..],
+            "no-such-program",
+        ),
+        (&["--speak=tee"][..], "append-only"),
+    ] {
+        let done = ask(&continuator.url, &[args, &["hi"]].concat());
+        assert_eq!(done.code, 64);
+        assert!(done.err.contains(says), "{}", done.err);
+    }
+}

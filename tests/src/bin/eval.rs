@@ -19,6 +19,7 @@ use segue_shared::{
     words,
 };
 use segue_tests::{
+    golden::scores,
     metrics::{Random, auc, share},
     programs::{Continuator, ask, root},
 };
@@ -33,6 +34,9 @@ struct Options {
     /// Seed of the script that makes wrong openers.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Print what other thresholds would do, for whoever has to choose them.
+    #[arg(long)]
+    grid: bool,
     /// Leave out the part that runs both programs.
     #[arg(long)]
     detection_only: bool,
@@ -85,7 +89,7 @@ async fn main() {
         questions.len(),
         options.seed
     );
-    let detection = detection(&*backend, &questions, options.seed).await;
+    let detection = detection(&*backend, &questions, &options).await;
     drop(backend);
     let quality = if options.detection_only {
         Value::Null
@@ -121,18 +125,6 @@ async fn event(turn: &mut cloud_continuator::backend::Turn) -> Event {
         .expect("the engine answers")
 }
 
-async fn scores(backend: &dyn Backend, question: &str, opener: &str) -> Vec<TokenScore> {
-    let mut turn = backend.open(request(question, 1)).expect("there is room");
-    turn.send(Input::Commit(opener.to_owned())).expect("there is room");
-    loop {
-        match event(&mut turn).await {
-            Event::Scored(scores) => return scores,
-            Event::Failed(failure) => panic!("{failure}"),
-            _ => {}
-        }
-    }
-}
-
 /// The large model's own first eight words.
 async fn own_opener(backend: &dyn Backend, question: &str) -> String {
     let mut turn = backend.open(request(question, 20)).expect("there is room");
@@ -155,8 +147,8 @@ async fn own_opener(backend: &dyn Backend, question: &str) -> String {
         .map_or(String::new(), |last| text[..last.end].to_owned())
 }
 
-async fn detection(backend: &dyn Backend, questions: &[&str], seed: u64) -> Value {
-    let mut random = Random::new(seed);
+async fn detection(backend: &dyn Backend, questions: &[&str], options: &Options) -> Value {
+    let mut random = Random::new(options.seed);
     let mut openers = Vec::new();
     for question in questions {
         openers.push(own_opener(backend, question).await);
@@ -191,6 +183,9 @@ async fn detection(backend: &dyn Backend, questions: &[&str], seed: u64) -> Valu
             scores,
             wrong_at: None,
         });
+    }
+    if options.grid {
+        grid(&cases);
     }
     report(&cases)
 }
@@ -348,6 +343,26 @@ fn report(cases: &[Case]) -> Value {
         "rows": rows, "precision": precision, "recall": recall, "false_alarms": flagged(&good),
         "thresholds": { "word": thresholds.word, "mean": thresholds.mean }, "good_quantiles": quantiles,
     })
+}
+
+/// The share of each kind that is flagged at a range of thresholds.
+fn grid(cases: &[Case]) {
+    println!(
+        "{:>6} {:>6} {:>8} {:>8} {:>8} {:>8} {:>8}",
+        "word", "mean", "good", "written", "moved", "swapped", "negated"
+    );
+    for word in [-5.0, -5.5, -6.0, -6.5, -7.0, -7.5, -8.0] {
+        for mean in [-2.0, -2.4, -2.8, -3.2] {
+            let thresholds = Thresholds { word, mean };
+            let flagged = |kind: &str| {
+                let of = cases.iter().filter(|c| c.kind == kind);
+                100.0 * share(of.map(|c| verify::likelihood(&c.text, &c.scores, &thresholds) != Verdict::Accept))
+            };
+            let [a, b, c, d, e] = ["good", "written", "moved", "swapped", "negated"].map(flagged);
+            println!("{word:>6} {mean:>6} {a:>7.1}% {b:>7.1}% {c:>7.1}% {d:>7.1}% {e:>7.1}%");
+        }
+    }
+    println!();
 }
 
 /// The μLM's openers through both programs.
