@@ -3,7 +3,7 @@
 CARGO ?= cargo
 .DEFAULT_GOAL := help
 
-.PHONY: help setup build demo test fmt lint bench eval clean
+.PHONY: help setup build demo test fmt lint bench eval train clean
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -24,6 +24,7 @@ lint: setup ## Clippy, with warnings denied
 	$(CARGO) clippy --release --locked --workspace --all-targets -- -D warnings
 
 test: fmt lint build ## Format, lints, and all tests: unit, property and end-to-end with both programs
+	cd deploy && python3 -m unittest --quiet test_setup
 	$(CARGO) test --release --locked --workspace
 
 bench: build ## Measure the pair on this machine
@@ -32,6 +33,23 @@ bench: build ## Measure the pair on this machine
 
 eval: build ## Evaluate the verifier and the openers
 	$(CARGO) run --release --locked -p segue-tests --bin eval
+
+# Question files to train on besides the invented ones, and such that must not be trained on.
+QUESTIONS ?=
+EXCLUDE ?=
+NEW ?= 40000
+MINUTES ?= 60
+PYTHON := .segue/training/venv/bin/python
+
+train: setup ## Make a μLM from scratch into .segue/training/model (about two hours on two cores)
+	test -x $(PYTHON) || python3 -m venv .segue/training/venv
+	$(PYTHON) -m pip install --quiet --requirement edge-agent/training/requirements.txt
+	cd edge-agent/training && root=$(CURDIR) && gguf=$$root/.segue/models/SmolLM2-135M-Instruct.Q4_1.gguf && work=$$root/.segue/training && \
+	python=$$root/$(PYTHON) && \
+	$$python -m ulm.data --gguf $$gguf --out $$work/openers.jsonl --new $(NEW) \
+	  --questions $(abspath $(QUESTIONS)) --exclude $(abspath $(EXCLUDE)) && \
+	$$python -m ulm.train --gguf $$gguf --data $$work/openers.jsonl --out $$work/model --work $$work --minutes $(MINUTES)
+	@echo "The model is in .segue/training/model; try it with edge-agent --model .segue/training/model"
 
 clean: ## Remove builds and everything that setup brought
 	rm -rf target .segue

@@ -4,6 +4,9 @@
 //! sequences share one pool of KV cells; the prompt's shared head is read once and copied (which copies no data), and a finished turn's
 //! sequence stays as a cache for the conversation's next turn until its cells are needed.
 
+mod places;
+mod sampling;
+
 use std::{
     collections::VecDeque,
     sync::mpsc::{Receiver, RecvTimeoutError},
@@ -11,15 +14,12 @@ use std::{
 };
 
 use llama_cpp_2::{
-    DecodeError,
-    context::LlamaContext,
-    llama_batch::LlamaBatch,
-    model::LlamaModel,
-    sampling::LlamaSampler,
-    token::{LlamaToken, data::LlamaTokenData, data_array::LlamaTokenDataArray},
+    DecodeError, context::LlamaContext, llama_batch::LlamaBatch, model::LlamaModel, sampling::LlamaSampler,
+    token::LlamaToken,
 };
 use tokio::sync::mpsc;
 
+use self::sampling::{choose, sampler, take_characters};
 use super::sequence::{Sequence, Token};
 use crate::{
     backend::{Event, Failure, Finish, Input, Message, Parameters, Request, Usage},
@@ -319,150 +319,6 @@ impl<'m> Engine<'m> {
         self.cut(n, keep);
     }
 
-    // --- places ---
-
-    /// Frees the places of turns that nobody listens to any more.
-    fn reap(&mut self) {
-        for slot in &mut self.slots {
-            if slot.active.as_ref().is_some_and(|active| active.events.is_closed()) {
-                slot.active = None;
-            }
-        }
-        self.waiting.retain(|waiting| !waiting.events.is_closed());
-    }
-
-    /// Gives waiting turns places, in order, as long as there are places and cells.
-    fn admit(&mut self) {
-        while let Some(next) = self.waiting.front() {
-            let room = next.prompt.len() + OPENER_ROOM + next.request.parameters.max_tokens as usize;
-            let free = |slot: &&(usize, &Slot)| slot.1.active.is_none();
-            // The place whose cache has most of this prompt, or else the one that was not used longest.
-            let shared = |slot: &Slot| slot.sequence.common(&next.prompt);
-            let best = self
-                .slots
-                .iter()
-                .enumerate()
-                .filter(|s| free(&s))
-                .max_by_key(|(_, slot)| {
-                    let common = shared(slot);
-                    (if common > self.head.len() { common } else { 0 }, u64::MAX - slot.used)
-                });
-            let Some((n, _)) = best else { return };
-            let common = shared(&self.slots[n]);
-            if common <= self.head.len() {
-                self.clear(n);
-                let _ = self.context.copy_kv_cache_seq(0, sequence_id(n), None, None);
-                let head = self.head.clone();
-                self.slots[n].sequence.seed(&head);
-            }
-            let others: usize = self.reserved(n);
-            let own = room.saturating_sub(self.head.len());
-            if self.head.len() + others + own > self.cells
-                && !self.evict(self.head.len() + others + own - self.cells, n)
-            {
-                return;
-            }
-            let Some(Waiting {
-                id,
-                request,
-                prompt,
-                events,
-                inputs,
-            }) = self.waiting.pop_front()
-            else {
-                return;
-            };
-            self.step += 1;
-            let cached = self.slots[n]
-                .sequence
-                .common(&prompt)
-                .min(prompt.len().saturating_sub(1));
-            let usage = Usage {
-                prompt: prompt.len() as u32,
-                cached: cached as u32,
-                ..Usage::default()
-            };
-            let slot = &mut self.slots[n];
-            slot.used = self.step;
-            let keep = slot.sequence.retarget(&prompt, &[]);
-            slot.active = Some(Active {
-                id,
-                events,
-                history: request.history,
-                user_text: request.user_text,
-                parameters: request.parameters,
-                prompt,
-                phase: Phase::Reading,
-                prefilled: false,
-                room,
-                sampler: None,
-                stop: StopFilter::new([]),
-                partial: Vec::new(),
-                usage,
-            });
-            self.cut(n, keep);
-            for input in inputs {
-                self.input(n, input);
-            }
-        }
-    }
-
-    /// Cells that places other than `but` hold or may come to hold, beyond the shared head.
-    fn reserved(&self, but: usize) -> usize {
-        let cells = |slot: &Slot| {
-            slot.active
-                .as_ref()
-                .map_or(slot.sequence.cached().len(), |active| active.room)
-        };
-        let others = self.slots.iter().enumerate().filter(|(n, _)| *n != but);
-        others
-            .map(|(_, slot)| cells(slot).saturating_sub(self.head.len()))
-            .sum()
-    }
-
-    /// Whether everything that is reserved fits, if need be after dropping caches.
-    fn make_room(&mut self) -> bool {
-        let used = self.head.len() + self.reserved(usize::MAX);
-        used <= self.cells || self.evict(used - self.cells, usize::MAX)
-    }
-
-    /// Drops caches of finished conversations, oldest first, until `cells` are free.
-    fn evict(&mut self, cells: usize, but: usize) -> bool {
-        let mut freed = 0;
-        while freed < cells {
-            let oldest = self
-                .slots
-                .iter()
-                .enumerate()
-                .filter(|(n, slot)| {
-                    *n != but && slot.active.is_none() && slot.sequence.cached().len() > self.head.len()
-                })
-                .min_by_key(|(_, slot)| slot.used);
-            let Some((n, slot)) = oldest else { return false };
-            freed += slot.sequence.cached().len() - self.head.len();
-            self.clear(n);
-        }
-        true
-    }
-
-    fn clear(&mut self, n: usize) {
-        let _ = self.context.clear_kv_cache_seq(Some(sequence_id(n) as u32), None, None);
-        self.slots[n].sequence = Sequence::default();
-    }
-
-    /// Cuts a sequence's cells back to `keep` tokens; a model whose state cannot be cut starts over.
-    fn cut(&mut self, n: usize, keep: usize) {
-        let id = sequence_id(n) as u32;
-        if !self
-            .context
-            .clear_kv_cache_seq(Some(id), Some(keep as u32), None)
-            .unwrap_or(false)
-        {
-            let _ = self.context.clear_kv_cache_seq(Some(id), None, None);
-            self.slots[n].sequence.forget();
-        }
-    }
-
     // --- one step ---
 
     /// Reports what is ready, samples, and decodes one batch.
@@ -647,77 +503,4 @@ fn sequence_id(slot: usize) -> i32 {
 
 fn fail(events: &mpsc::Sender<Event>, failure: Failure) {
     let _ = events.try_send(Event::Failed(failure));
-}
-
-/// `None` is greedy.
-fn sampler(parameters: &Parameters) -> Option<LlamaSampler> {
-    (parameters.temperature > 0.0).then(|| {
-        // A seed of the full width is folded; without one, llama.cpp draws its own for u32::MAX.
-        let seed = parameters.seed.map_or(u32::MAX, |seed| (seed ^ (seed >> 32)) as u32);
-        LlamaSampler::chain_simple([
-            LlamaSampler::top_p(parameters.top_p, 1),
-            LlamaSampler::min_p(parameters.min_p, 1),
-            LlamaSampler::temp(parameters.temperature),
-            LlamaSampler::dist(seed),
-        ])
-    })
-}
-
-fn choose(logits: &[f32], sampler: Option<&mut LlamaSampler>) -> LlamaToken {
-    let likeliest = || {
-        let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
-        LlamaToken(best.map_or(0, |(n, _)| n as i32))
-    };
-    let Some(sampler) = sampler else { return likeliest() };
-    let candidates = logits
-        .iter()
-        .enumerate()
-        .map(|(n, l)| LlamaTokenData::new(LlamaToken(n as i32), *l, 0.0));
-    let mut candidates = LlamaTokenDataArray::from_iter(candidates, false);
-    candidates.apply_sampler(sampler);
-    candidates.selected_token().unwrap_or_else(likeliest)
-}
-
-/// Takes the whole characters off the front of `bytes`; what can never become a character turns into U+FFFD.
-fn take_characters(bytes: &mut Vec<u8>) -> String {
-    let mut text = String::new();
-    loop {
-        match std::str::from_utf8(bytes) {
-            Ok(valid) => {
-                text.push_str(valid);
-                bytes.clear();
-                return text;
-            }
-            Err(error) => {
-                let valid = error.valid_up_to();
-                text.push_str(&String::from_utf8_lossy(&bytes[..valid]));
-                match error.error_len() {
-                    None => {
-                        bytes.drain(..valid);
-                        return text;
-                    }
-                    Some(bad) => {
-                        text.push('\u{fffd}');
-                        bytes.drain(..valid + bad);
-                    }
-                }
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn characters_come_whole() {
-        let mut bytes = "né".as_bytes()[..2].to_vec();
-        assert_eq!(take_characters(&mut bytes), "n");
-        bytes.extend(&"é!".as_bytes()[1..]);
-        assert_eq!(take_characters(&mut bytes), "é!");
-        bytes = vec![b'a', 0xff, b'b', 0xe2];
-        assert_eq!(take_characters(&mut bytes), "a\u{fffd}b");
-        assert_eq!(bytes, [0xe2]);
-    }
 }
