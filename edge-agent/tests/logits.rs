@@ -102,13 +102,18 @@ fn smaller_precisions_stay_close() {
                 model.forward(&ints(&file, &format!("tokens.{n}"))),
                 floats(&file, &format!("last.{n}")),
             );
-            let mean = ours
+            // Relative to the spread of the logits: what rounding may cost without changing what the model says.
+            let count = theirs.len() as f64;
+            let mean = theirs.iter().map(|l| f64::from(*l)).sum::<f64>() / count;
+            let spread = (theirs.iter().map(|l| (f64::from(*l) - mean).powi(2)).sum::<f64>() / count).sqrt();
+            let off = ours
                 .iter()
                 .zip(&theirs)
                 .map(|(a, b)| f64::from((a - b).abs()))
                 .sum::<f64>()
-                / ours.len() as f64;
-            assert!(mean < 0.15, "{precision:?}, prompt {n}: {mean}");
+                / count;
+            assert!(off < 0.1 * spread, "{precision:?}, prompt {n}: {off} of {spread}");
+            assert_eq!(top(&ours), top(&theirs), "{precision:?}, prompt {n}");
             model.truncate(0);
         }
     }
