@@ -108,7 +108,7 @@ pub struct Thresholds {
 
 impl Default for Thresholds {
     fn default() -> Self {
-        Self { word: -7.5, mean: -3.2 }
+        Self { word: -7.5, mean: -2.8 }
     }
 }
 
