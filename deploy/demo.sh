@@ -26,7 +26,7 @@ for _ in $(seq 300); do
 done
 target/release/cloud-continuator check "$url"
 echo "The opener is the micro model's; what follows is the large model's."
-for question in "Set a timer for ten minutes, please." "Who painted the Mona Lisa?" "How do I boil an egg?"; do
+for question in "Who painted the Mona Lisa?" "How do I boil an egg?" "Set a timer for ten minutes, please."; do
   printf '\n> %s\n' "$question"
   "${edge[@]}" target/release/edge-agent ask --server "$url" "$question"
 done

@@ -75,6 +75,8 @@ pub struct TokenScore {
 /// Tokens that a turn took.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
+    /// Which of the turn's generations this is about, counted from 0: events of one that was replaced may still be on their way.
+    pub generation: u32,
     /// Tokens of the prompt, without the reply's.
     pub prompt: u32,
     /// Of these, tokens found in a cache.

@@ -48,16 +48,18 @@ impl ControlLine {
     pub fn push(&mut self, text: &str, last: bool) -> Option<(Control, String)> {
         self.held.push_str(text);
         let head = self.held.trim_start();
+        let closers = [']', '`', '*', ':', '.'];
         let found = match head
             .strip_prefix(['[', '`', '*'])
             .map(|h| h.trim_start_matches(['[', '*', '`']))
         {
-            // In brackets it is a control line, whatever it says.
             Some(inner) => match inner.split_once([']', '`', '*']) {
-                Some((line, rest)) => Some((
-                    parse(line).unwrap_or(Control::Accept),
-                    rest.trim_start_matches([']', '`', '*', ':', '.']),
-                )),
+                Some((line, rest)) => Some(match parse(line) {
+                    Some(control) => (control, rest.trim_start_matches(closers)),
+                    // In brackets it is a control line, whatever it says; in other marks it may be text.
+                    None if head.starts_with('[') => (Control::Accept, rest.trim_start_matches(closers)),
+                    None => (Control::Accept, head),
+                }),
                 None if last || inner.len() > LONGEST => Some((Control::Accept, head)),
                 None => None,
             },
@@ -71,6 +73,11 @@ impl ControlLine {
                 None => None,
             },
         };
+        // The rest of the control line may come with the next piece.
+        if found.is_some_and(|(_, rest)| rest.len() < head.len() && rest.trim_matches(['\n', '\r']).is_empty()) && !last
+        {
+            return None;
+        }
         let (control, rest) = found?;
         // The text's own space survives; the line break after the control line does not.
         let rest = if rest.len() == head.len() {
@@ -157,6 +164,12 @@ mod tests {
             ("[revise many]\n by", Control::Accept, " by"),
             ("[]\n by", Control::Accept, " by"),
             ("restart", Control::Restart, ""),
+            (
+                "**Canberra** is the capital.",
+                Control::Accept,
+                "**Canberra** is the capital.",
+            ),
+            ("`ls` lists files", Control::Accept, "`ls` lists files"),
             (" by Leonardo da Vinci.", Control::Accept, " by Leonardo da Vinci."),
             (
                 "revised editions are better",
@@ -172,6 +185,18 @@ mod tests {
         ] {
             assert_eq!(read(&[text]), (control, rest.to_owned()), "{text:?}");
         }
+    }
+
+    #[test]
+    fn the_line_break_after_a_control_line_may_come_later() {
+        assert_eq!(
+            read(&["[accept", "]", "\n", " by Leonardo"]),
+            (Control::Accept, " by Leonardo".into())
+        );
+        assert_eq!(
+            read(&["accept\n", "\n by Leonardo"]),
+            (Control::Accept, " by Leonardo".into())
+        );
     }
 
     #[test]

@@ -30,6 +30,9 @@ use crate::{
     turn::{Incoming, Judgement},
 };
 
+/// How long an edge may take no frame while some wait for it.
+const SLOW_READER: Duration = Duration::from_secs(20);
+
 /// What a continuator accepts.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -225,7 +228,7 @@ impl Session {
         let mut drained = None;
         let mut leaving = false;
         loop {
-            if leaving && !self.turns.values().any(|t| !t.ended()) {
+            if (leaving || drained.is_some()) && self.turns.values().all(Running::ended) {
                 return Ok(());
             }
             let busy = self.turns.values().any(|t| !t.ended());
@@ -313,6 +316,7 @@ impl Session {
                 }
                 Next::Drain(grace) => {
                     drained = Some(Instant::now() + grace);
+                    // Running turns go on, and so their frames are read; new ones are turned away.
                     self.send(
                         proto::Drain {
                             grace: Some(proto::duration(grace)),
@@ -320,7 +324,6 @@ impl Session {
                         .into(),
                     )
                     .await?;
-                    leaving = true;
                 }
             }
         }
@@ -385,6 +388,12 @@ impl Session {
             return self.send(frame.into()).await;
         }
         self.last_turn = id;
+        if self.service.draining.borrow().is_some() {
+            let message = "this continuator is going away; start the turn at another";
+            return self
+                .send(turn_failed(id, TurnError::Overloaded, message.into(), true).into())
+                .await;
+        }
         // An ended turn is kept only as long as its directive may be refused: until the next turn.
         self.turns.retain(|_, turn| !turn.ended());
         if self.turns.len() >= self.service.limits.turns {
@@ -466,8 +475,16 @@ impl Session {
         self.send(turn_failed(id, error, message, retryable).into()).await
     }
 
+    /// Sends a frame. A reader that takes none for a while is given up: its turns would hold their places for nothing.
     async fn send(&self, frame: CloudFrame) -> Result<(), End> {
-        self.out.send(Ok(frame)).await.map_err(|_| End::Gone)
+        match tokio::time::timeout(SLOW_READER, self.out.send(Ok(frame))).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(End::Gone),
+            Err(_) => {
+                tracing::warn!("an edge took no frame for {SLOW_READER:?}; its stream is ended");
+                Err(End::Gone)
+            }
+        }
     }
 }
 

@@ -14,6 +14,9 @@ use crate::{
     verify::{self, Answer, Judged, Thresholds, Verdict, Verifier},
 };
 
+/// Longest opener or resumed reply text, in bytes; far more than an opener ever has.
+const OPENER_BYTES: usize = 16 << 10;
+
 /// What verifying and correcting depend on.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Judgement {
@@ -116,6 +119,8 @@ pub struct Turn {
     spoke: bool,
     usage: Usage,
     failed: bool,
+    /// The generation that was asked for last, counted from 0 within the backend's turn, and what was asked.
+    asked: Option<(u32, Input)>,
 }
 
 impl Turn {
@@ -141,6 +146,7 @@ impl Turn {
             spoke: false,
             usage: Usage::default(),
             failed: false,
+            asked: None,
         }
     }
 
@@ -188,6 +194,9 @@ impl Turn {
                 self.opener.len()
             ));
         }
+        if offset + text.len() > OPENER_BYTES {
+            return too_long();
+        }
         self.opener.push_str(text);
         vec![Effect::Backend(Input::Opener(self.opener.trim_end().to_owned()))]
     }
@@ -195,6 +204,9 @@ impl Turn {
     fn commit(&mut self, prefix: String, resumed: bool) -> Vec<Effect> {
         if self.state != State::Opening {
             return unexpected("the opener was committed twice");
+        }
+        if prefix.len() > OPENER_BYTES {
+            return too_long();
         }
         self.length = prefix.len();
         self.opener = prefix;
@@ -206,7 +218,7 @@ impl Turn {
             .verifier
             .as_ref()
             .map_or_else(|| Input::Commit(opener.to_owned()), |v| v.question(opener));
-        vec![Effect::Mark(Mark::Committed), Effect::Backend(question)]
+        vec![Effect::Mark(Mark::Committed), self.ask(question)]
     }
 
     fn backend(&mut self, event: Event) -> Vec<Effect> {
@@ -214,6 +226,12 @@ impl Turn {
             (_, State::Ended) => Vec::new(),
             (Event::Prefilled, _) => vec![Effect::Mark(Mark::Prefilled)],
             (Event::Scored(scores), State::Verifying) => self.answer(Answer::Scores(&scores)),
+            (Event::Text(_, usage), _) if !self.current(usage) => Vec::new(),
+            (Event::Done(_, usage), State::Generating) if !self.current(usage) => {
+                // The backend's turn had ended before it took what it was asked last.
+                let asked = self.asked.take();
+                asked.map(|(_, input)| self.ask_anew(input)).into_iter().collect()
+            }
             (Event::Text(text, usage), State::Verifying) => {
                 self.usage = usage;
                 self.answer(Answer::Text(&text))
@@ -230,8 +248,12 @@ impl Turn {
                 } else {
                     Vec::new()
                 };
-                if effects.iter().any(|effect| matches!(effect, Effect::Backend(_))) {
-                    return effects; // the judge's text was of no use, and another is on its way
+                if let Some(Effect::Backend(_)) = effects.last() {
+                    // The judge's text was of no use, and its turn at the backend is over.
+                    effects.pop();
+                    let asked = self.asked.take();
+                    effects.extend(asked.map(|(_, input)| self.ask_anew(input)));
+                    return effects;
                 }
                 let rest = self.seam.finish();
                 effects.extend(self.say(rest));
@@ -240,9 +262,30 @@ impl Turn {
                 effects
             }
             (Event::Failed(failure), _) => vec![failed(&failure)],
-            // A generation that was replaced may still have an event on its way.
             (Event::Scored(_) | Event::Text(..) | Event::Done(..), _) => Vec::new(),
         }
+    }
+
+    /// Whether an event belongs to the generation that was asked for last.
+    fn current(&self, usage: Usage) -> bool {
+        self.asked
+            .as_ref()
+            .is_some_and(|(generation, _)| *generation == usage.generation)
+    }
+
+    /// Asks the backend, and remembers which generation its answer belongs to.
+    fn ask(&mut self, input: Input) -> Effect {
+        if matches!(input, Input::Judge(_) | Input::Generate(_)) {
+            let generation = self.asked.as_ref().map_or(0, |(generation, _)| generation + 1);
+            self.asked = Some((generation, input.clone()));
+        }
+        Effect::Backend(input)
+    }
+
+    /// Asks a new turn at the backend, where generations are counted anew.
+    fn ask_anew(&mut self, input: Input) -> Effect {
+        self.asked = Some((0, input.clone()));
+        Effect::Reopen(input)
     }
 
     fn answer(&mut self, answer: Answer<'_>) -> Vec<Effect> {
@@ -282,7 +325,7 @@ impl Turn {
                 let text = self.seam.push(&text);
                 effects.extend(self.say(text));
             }
-            _ => effects.push(Effect::Backend(input)),
+            _ => effects.push(self.ask(input)),
         }
         effects
     }
@@ -341,11 +384,7 @@ impl Turn {
         }
         let ended = self.state == State::Ended;
         let (mut effects, input) = self.correct(Correction::Bridge, DirectiveReason::Refused);
-        effects.push(if ended {
-            Effect::Reopen(input)
-        } else {
-            Effect::Backend(input)
-        });
+        effects.push(if ended { self.ask_anew(input) } else { self.ask(input) });
         effects
     }
 
@@ -385,6 +424,10 @@ fn unexpected(message: &str) -> Vec<Effect> {
         message: message.into(),
         retryable: false,
     }]
+}
+
+fn too_long() -> Vec<Effect> {
+    invalid(format!("the opener is longer than {OPENER_BYTES} bytes"))
 }
 
 fn invalid(message: String) -> Vec<Effect> {

@@ -182,6 +182,17 @@ fn broken_frames_fail_the_turn_once() {
             text: "x".into()
         })) && gap.ended()
     );
+    let mut long = turn(Surface::Revisable);
+    assert!(fails(&commit(&mut long, &"x ".repeat(OPENER_BYTES))));
+    let mut growing = turn(Surface::Revisable);
+    growing.on(Incoming::Delta {
+        offset: 0,
+        text: "x".repeat(OPENER_BYTES),
+    });
+    assert!(fails(&growing.on(Incoming::Delta {
+        offset: OPENER_BYTES,
+        text: "x".into()
+    })));
     let mut twice = turn(Surface::Revisable);
     commit(&mut twice, "a b");
     assert!(fails(&commit(&mut twice, "a b")));
@@ -350,4 +361,45 @@ fn a_judge_that_says_nothing_or_garbage_loses_no_turn() {
         assert!(matches!(effects.last(), Some(Effect::End(..))), "{effects:?}");
         assert_eq!(inputs(&effects), []);
     }
+}
+
+#[test]
+fn events_of_a_replaced_generation_are_not_taken_for_the_new_one() {
+    let of = |generation| Usage {
+        generation,
+        ..Usage::default()
+    };
+    let mut turn = turn(Surface::AppendOnly);
+    commit(&mut turn, OPENER);
+    scored(&mut turn, OPENER, 5);
+    turn.on(Incoming::Refused(1, 35));
+    // Text of the refused revision that was on its way is dropped; if that generation had ended already, the answer is asked for anew.
+    assert_eq!(turn.on(Incoming::Backend(Event::Text(" Canberra".into(), of(0)))), []);
+    assert_eq!(
+        turn.on(Incoming::Backend(Event::Done(Finish::Stop, of(0)))),
+        [Effect::Reopen(Input::Generate(String::new()))]
+    );
+    let said = frames(&turn.on(Incoming::Backend(Event::Text("Canberra.".into(), of(0)))));
+    assert!(
+        matches!(&said[..], [Body::Chunk(c)] if (c.revision, c.text.as_str()) == (2, " Canberra.")),
+        "{said:?}"
+    );
+    assert!(matches!(
+        turn.on(Incoming::Backend(Event::Done(Finish::Stop, of(0)))).last(),
+        Some(Effect::End(..))
+    ));
+}
+
+#[test]
+fn a_judge_that_ends_with_its_verdict_is_asked_again_elsewhere() {
+    let mut turn = judging(Surface::AppendOnly);
+    turn.on(Incoming::Heard(30));
+    commit(&mut turn, OPENER);
+    assert_eq!(text(&mut turn, "restart"), []);
+    let effects = turn.on(Incoming::Backend(Event::Done(Finish::Stop, Usage::default())));
+    assert!(
+        matches!(effects.last(), Some(Effect::Reopen(Input::Generate(_)))),
+        "{effects:?}"
+    );
+    assert!(!turn.ended());
 }

@@ -92,6 +92,8 @@ pub struct Outcome {
     pub over: Over,
     /// Its times.
     pub timings: Timings,
+    /// Whether the μLM said the first word.
+    pub opened: bool,
 }
 
 /// A conversation with one continuator.
@@ -171,6 +173,7 @@ impl Conversation {
             view,
             over: None,
             timings: Timings::default(),
+            opened: false,
             opener_span: info_span!(parent: &span, "opener.generate", gen_ai.request.model = self.engine.info().name),
             handoff_span: Span::none(),
             render_span: Span::none(),
@@ -218,7 +221,7 @@ impl Conversation {
             run.pump().await;
         }
         let outcome = run.finish();
-        if outcome.timings.first_word.is_some() && outcome.timings.committed.is_some() {
+        if outcome.opened {
             self.own_first_word = outcome.timings.first_word;
         }
         if let Over::Done(end) = &outcome.over {
@@ -243,7 +246,8 @@ impl Conversation {
 
     /// Starts the opener; its words come through the returned channel, which an opener cannot fill.
     fn speak(&self, question: &str) -> mpsc::Receiver<Said> {
-        let (say, words) = mpsc::channel(2 * OPENER_TOKENS);
+        let forced = self.options.forced_opener.as_deref().map_or(0, words::count);
+        let (say, words) = mpsc::channel((2 * OPENER_TOKENS).max(forced + 1));
         if let Some(forced) = &self.options.forced_opener {
             for word in split_words(forced) {
                 let _ = say.try_send(Said::Word(word));
@@ -381,6 +385,7 @@ struct Run<'v> {
     view: &'v mut dyn View,
     over: Option<Over>,
     timings: Timings,
+    opened: bool,
     span: Span,
     opener_span: Span,
     handoff_span: Span,
@@ -438,6 +443,7 @@ impl Run<'_> {
             decision.mean_log_probability.map(f64::from),
         );
         self.opener_span = Span::none();
+        self.opened = decision.words > 0;
     }
 
     /// Plays what is due and reports what was heard.
@@ -486,6 +492,7 @@ impl Run<'_> {
             heard: log.heard(),
             over,
             timings: self.timings,
+            opened: self.opened,
         };
         self.view.end(outcome.timings.total, &outcome);
         outcome

@@ -385,3 +385,21 @@ async fn a_stopped_continuator_drains() {
     let (status, log) = continuator.wait();
     assert!(status.success(), "{status}\n{log}");
 }
+
+/// Frames of a running turn are still read while the continuator drains; new turns are turned away.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_draining_continuator_lets_an_uncommitted_turn_finish() {
+    let continuator = Continuator::start(&["--no-verify"]);
+    let mut edge = Edge::connect(&continuator.url, Surface::Revisable).await;
+    edge.start(1, "Tell me about the sea.").await;
+    edge.delta(1, 0, "The sea").await;
+    continuator.signal(15);
+    while !matches!(edge.next().await, Body::Drain(_)) {}
+    edge.start(2, "Too late?").await;
+    failed(&edge.next().await, 2, TurnError::Overloaded);
+    edge.commit(1, "The sea is").await;
+    assert!(matches!(edge.rest(1).await.last(), Some(Body::EndTurn(_))));
+    assert!(!matches!(edge.try_next().await, Ok(Some(_))), "then the stream ends");
+    drop(edge);
+    assert!(continuator.wait().0.success());
+}

@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         atomic::{AtomicU64, Ordering},
-        mpsc::{self, SyncSender},
+        mpsc::{self, SyncSender, TrySendError},
     },
 };
 
@@ -144,13 +144,16 @@ impl Backend for Embedded {
     fn open(&self, request: Request) -> Result<Turn, Failure> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (events, receiver) = tokio::sync::mpsc::channel::<Event>(WAITING_EVENTS);
-        let queue_full = |_| Failure::Overloaded;
+        let refused = |error: TrySendError<Command>| match error {
+            TrySendError::Full(_) => Failure::Overloaded,
+            TrySendError::Disconnected(_) => Failure::Model("the engine stopped".into()),
+        };
         self.commands
             .try_send(Command::Open(id, Box::new(request), events))
-            .map_err(queue_full)?;
+            .map_err(refused)?;
         let commands = self.commands.clone();
         Ok(Turn::new(
-            move |input| commands.try_send(Command::Input(id, input)).map_err(queue_full),
+            move |input| commands.try_send(Command::Input(id, input)).map_err(refused),
             receiver,
         ))
     }

@@ -36,6 +36,8 @@ pub struct Text<W> {
     reply: String,
     /// What the screen shows since the reply's first character, struck-out words included.
     screen: String,
+    /// Where each piece stands: in the reply, and on the screen.
+    places: Vec<(usize, usize)>,
     /// The next piece needs a space before it: the words before it are struck out.
     spaced: bool,
 }
@@ -48,6 +50,7 @@ impl<W: Write + Send> Text<W> {
             terminal,
             reply: String::new(),
             screen: String::new(),
+            places: Vec::new(),
             spaced: false,
         }
     }
@@ -71,6 +74,8 @@ impl<W: Write + Send> Text<W> {
         if std::mem::take(&mut self.spaced) && !text.starts_with(char::is_whitespace) {
             text.insert(0, ' ');
         }
+        self.places
+            .push((self.reply.len(), self.screen.len() + text.len() - piece.text.len()));
         self.reply.push_str(&piece.text);
         self.screen.push_str(&text);
         let line = self.styled(if piece.opener { OPENER } else { REPLY }, &text);
@@ -82,13 +87,20 @@ impl<W: Write + Send> Text<W> {
         if keep >= self.reply.len() {
             return; // it was not shown yet
         }
-        let removed = self.reply.split_off(keep);
+        self.reply.truncate(keep);
+        let start = self
+            .places
+            .iter()
+            .rev()
+            .find(|(reply, _)| *reply <= keep)
+            .map_or(0, |(reply, screen)| screen + keep - reply);
+        self.places.retain(|(reply, _)| *reply < keep);
         let Some(columns) = self.terminal.columns else {
             // A file cannot take anything back: the corrected reply gets a line of its own.
             let again = format!("\n{}", self.reply);
             return self.write(&again);
         };
-        let start = self.screen.len() - removed.len().min(self.screen.len());
+        let removed = self.screen[start..].to_owned();
         let (row, column) = cursor(&self.screen[..start], columns);
         let (end_row, _) = cursor(&self.screen, columns);
         let mut line = String::from("\r");
@@ -160,6 +172,7 @@ impl<W: Write + Send> View for Text<W> {
         }
         self.write(&line);
         (self.reply, self.screen, self.spaced) = (String::new(), String::new(), false);
+        self.places.clear();
     }
 }
 
@@ -251,6 +264,31 @@ mod tests {
                 5
             ),
             "It is Sydney\nIt is Canberra."
+        );
+    }
+
+    #[test]
+    fn a_second_retraction_finds_its_place_among_struck_out_words() {
+        let mut out = Vec::new();
+        let mut view = Text::new(
+            &mut out,
+            Terminal {
+                columns: Some(80),
+                colour: true,
+                quiet: true,
+            },
+        );
+        for word in ["It", " is", " Zürich"] {
+            view.event(Duration::ZERO, &Happening::Played(&piece(word, true)));
+        }
+        for keep in [5, 0] {
+            view.retract(keep);
+        }
+        assert_eq!(view.reply, "");
+        let screen = String::from_utf8(out).unwrap();
+        assert!(
+            screen.ends_with(&format!("\r{STRUCK}It is Zürich{STRUCK:#}")),
+            "{screen:?}"
         );
     }
 

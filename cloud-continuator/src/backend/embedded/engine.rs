@@ -74,6 +74,8 @@ struct Active {
     /// Bytes of a character that is still incomplete.
     partial: Vec<u8>,
     usage: Usage,
+    /// How often a generation was begun.
+    generations: u32,
 }
 
 #[derive(Default)]
@@ -89,8 +91,8 @@ struct Waiting {
     request: Box<Request>,
     prompt: Vec<Token>,
     events: mpsc::Sender<Event>,
-    /// Input that came before there was a place.
-    inputs: Vec<Input>,
+    /// The last input that came before there was a place. Each holds the whole text, so that it stands for those before it.
+    input: Option<Input>,
 }
 
 /// The engine's state; lives on its thread.
@@ -223,7 +225,7 @@ impl<'m> Engine<'m> {
                             request,
                             prompt,
                             events,
-                            inputs: Vec::new(),
+                            input: None,
                         });
                     }
                 }
@@ -239,7 +241,7 @@ impl<'m> Engine<'m> {
                     if input == Input::Close {
                         self.waiting.remove(n);
                     } else {
-                        self.waiting[n].inputs.push(input);
+                        self.waiting[n].input = Some(input);
                     }
                 }
             }
@@ -298,6 +300,8 @@ impl<'m> Engine<'m> {
             let dropped = sequence.cached().len().saturating_sub(kept);
             active.usage.wasted += dropped as u32;
             active.usage.generated = 0;
+            active.usage.generation = active.generations;
+            active.generations += 1;
             active.usage.opener = reply.len() as u32;
             active.sampler = sampler(&active.parameters);
             active.partial.clear();

@@ -53,7 +53,7 @@ impl Engine<'_> {
                 request,
                 prompt,
                 events,
-                inputs,
+                input,
             }) = self.waiting.pop_front()
             else {
                 return;
@@ -85,9 +85,10 @@ impl Engine<'_> {
                 stop: StopFilter::new([]),
                 partial: Vec::new(),
                 usage,
+                generations: 0,
             });
             self.cut(n, keep);
-            for input in inputs {
+            if let Some(input) = input {
                 self.input(n, input);
             }
         }
