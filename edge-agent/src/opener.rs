@@ -9,6 +9,8 @@ use crate::ulm::{Stop, text::Word};
 
 /// Fewest words that stand for themselves.
 pub const MIN_WORDS: usize = 4;
+/// Words that are decided on together, before the first is said: enough to see that the μLM is lost, few enough not to be waited for.
+const LOOK_AHEAD: usize = 2;
 /// Most words.
 pub const MAX_WORDS: usize = 8;
 
@@ -19,7 +21,7 @@ pub struct Policy {
     pub max_words: usize,
     /// A word whose least likely token is below this is not sure.
     pub unsure: f32,
-    /// Below this mean over the first four words the μLM keeps silent.
+    /// Below this mean over its first two words the μLM keeps silent.
     pub silent: f32,
     /// Words a minute at which the surface takes them: speech, or reading.
     pub words_per_minute: f32,
@@ -96,7 +98,7 @@ pub struct Decision {
 pub struct Opener {
     policy: Policy,
     most: usize,
-    /// Words that are not said yet: the first four are decided on together.
+    /// Words that are not said yet.
     held: Vec<Word>,
     said: Vec<f32>,
     /// One of the first four was not sure: four, and no more.
@@ -134,9 +136,9 @@ impl Opener {
                 decision: None,
             };
         }
-        if self.said.len() + self.held.len() < MIN_WORDS {
+        if self.said.is_empty() {
             self.held.push(word);
-            if self.held.len() < MIN_WORDS {
+            if self.held.len() < LOOK_AHEAD {
                 return Saying {
                     words: Vec::new(),
                     decision: None,
@@ -144,9 +146,11 @@ impl Opener {
             }
             return self.begin();
         }
-        if word.worst < self.policy.unsure || self.shaky {
+        let unsure = word.worst < self.policy.unsure;
+        if unsure && self.said.len() >= MIN_WORDS {
             return self.end(Vec::new(), Reason::Unsure);
         }
+        self.shaky |= unsure;
         self.say(vec![word])
     }
 
@@ -170,7 +174,7 @@ impl Opener {
         self.end(held, reason)
     }
 
-    /// The first four words stand: are they good enough to begin with?
+    /// The first words are there: are they good enough to begin with?
     fn begin(&mut self) -> Saying {
         let held = std::mem::take(&mut self.held);
         if mean(&held) < self.policy.silent {
@@ -184,6 +188,7 @@ impl Opener {
         self.said.extend(words.iter().map(|w| w.log_probability));
         let clause = words.last().is_some_and(|word| ends_clause(&word.text));
         let reason = match () {
+            () if self.said.len() < MIN_WORDS => None,
             () if clause => Some(Reason::Clause),
             () if self.said.len() >= self.most => Some(Reason::Length),
             () if self.shaky => Some(Reason::Unsure),
