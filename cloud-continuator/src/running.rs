@@ -195,7 +195,8 @@ impl Running {
                     self.span.record(names::VERDICT, name);
                     self.span.record(names::GOOD_WORDS, words);
                 }
-                self.span.record(names::DIRECTIVE, correction.map_or("none", name_of));
+                self.span
+                    .record(names::DIRECTIVE, correction.map_or("none", Correction::name));
                 self.phase = info_span!(parent: &self.span, "generate");
             }
             Mark::FirstText => {
@@ -289,13 +290,5 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         self.count(false);
-    }
-}
-
-fn name_of(correction: Correction) -> &'static str {
-    match correction {
-        Correction::Bridge => "bridge",
-        Correction::Revise { .. } => "revise",
-        Correction::Restart => "restart",
     }
 }

@@ -420,12 +420,7 @@ impl Run<'_> {
             Show::Continuation { text, .. } => self.player.push(text, false),
             Show::Directive { correction, keep, .. } => {
                 self.player.retract(*keep);
-                let name = match correction {
-                    segue_shared::reply_log::Correction::Bridge => "bridge",
-                    segue_shared::reply_log::Correction::Revise { .. } => "revise",
-                    segue_shared::reply_log::Correction::Restart => "restart",
-                };
-                self.span.record("segue.directive", name);
+                self.span.record("segue.directive", correction.name());
             }
             Show::Committed { .. } => {
                 self.timings.committed = Some(at);

@@ -36,6 +36,17 @@ fn pieces(tokenizer: &Tokenizer, text: &str) -> Vec<String> {
     ids.iter().filter_map(|id| stream.step(*id).unwrap()).collect()
 }
 
+/// `prefix` and a tail that is streamed to the seam token by token.
+fn streamed(tokenizer: &Tokenizer, prefix: &str, tail: &str) -> String {
+    let mut seam = Seam::new(prefix);
+    let mut joined = prefix.to_owned();
+    for piece in pieces(tokenizer, tail) {
+        joined.push_str(&seam.push(&piece));
+    }
+    joined.push_str(&seam.finish());
+    joined
+}
+
 #[test]
 fn a_text_cut_after_any_word_is_joined_as_it_was() {
     let tokenizer = tokenizer();
@@ -46,12 +57,7 @@ fn a_text_cut_after_any_word_is_joined_as_it_was() {
             .filter(|end| end < &text.len())
         {
             let (prefix, tail) = text.split_at(cut);
-            let mut seam = Seam::new(prefix);
-            let mut joined = prefix.to_owned();
-            for piece in pieces(&tokenizer, tail) {
-                joined.push_str(&seam.push(&piece));
-            }
-            joined.push_str(&seam.finish());
+            let joined = streamed(&tokenizer, prefix, tail);
             assert_eq!(joined, *text, "cut at {cut}: {prefix:?} + {tail:?}");
         }
     }
@@ -76,12 +82,7 @@ fn a_forgotten_or_doubled_space_is_mended() {
                 continue;
             }
             for white in ["", "  ", "   "] {
-                let mut seam = Seam::new(prefix);
-                let mut joined = prefix.to_owned();
-                for piece in pieces(&tokenizer, &format!("{white}{body}")) {
-                    joined.push_str(&seam.push(&piece));
-                }
-                joined.push_str(&seam.finish());
+                let joined = streamed(&tokenizer, prefix, &format!("{white}{body}"));
                 assert_eq!(joined, *text, "{prefix:?} + {white:?} + {body:?}");
             }
         }
@@ -97,12 +98,7 @@ fn an_echoed_prefix_is_dropped() {
             continue;
         }
         let (prefix, _) = text.split_at(ranges[2].end);
-        let mut seam = Seam::new(prefix);
-        let mut joined = prefix.to_owned();
-        for piece in pieces(&tokenizer, &text.to_uppercase()) {
-            joined.push_str(&seam.push(&piece));
-        }
-        joined.push_str(&seam.finish());
+        let joined = streamed(&tokenizer, prefix, &text.to_uppercase());
         assert_eq!(joined.to_uppercase(), text.to_uppercase(), "{prefix:?}");
     }
 }

@@ -29,6 +29,15 @@ pub enum Correction {
 }
 
 impl Correction {
+    /// Its name in events and spans.
+    pub fn name(self) -> &'static str {
+        match self {
+            Correction::Bridge => "bridge",
+            Correction::Revise { .. } => "revise",
+            Correction::Restart => "restart",
+        }
+    }
+
     /// Bytes that stay of a text of `len` bytes.
     pub fn kept(self, len: usize) -> usize {
         match self {

@@ -2,7 +2,7 @@
 
 use std::{io::Write, time::Duration};
 
-use segue_shared::{proto, reply_log::Correction, words};
+use segue_shared::{proto, words};
 use serde_json::{Value, json};
 
 use crate::{
@@ -49,7 +49,7 @@ impl<W: Write + Send> View for Json<W> {
                 at,
                 "directive",
                 json!({
-                    "kind": kind(*correction), "keep_bytes": keep, "reason": reason_name(*reason), "revision": revision,
+                    "kind": correction.name(), "keep_bytes": keep, "reason": reason_name(*reason), "revision": revision,
                     "removed": removed,
                 }),
             ),
@@ -133,15 +133,6 @@ pub fn failure(over: &Over) -> (String, String) {
         ),
         Over::Broken(why) => ("protocol".into(), format!("the continuator broke the protocol: {why}")),
         Over::Done(_) | Over::Cancelled => ("none".into(), String::new()),
-    }
-}
-
-/// A directive's name.
-pub fn kind(correction: Correction) -> &'static str {
-    match correction {
-        Correction::Bridge => "bridge",
-        Correction::Revise { .. } => "revise",
-        Correction::Restart => "restart",
     }
 }
 
