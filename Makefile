@@ -3,7 +3,7 @@
 CARGO ?= cargo
 .DEFAULT_GOAL := help
 
-.PHONY: help setup build demo test fmt lint bench eval train clean
+.PHONY: help setup build peers demo test fmt lint bench eval train clean
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -23,7 +23,12 @@ fmt: ## Check the format
 lint: setup ## Clippy, with warnings denied
 	$(CARGO) clippy --release --locked --workspace --all-targets -- -D warnings
 
-test: fmt lint build ## Format, lints, and all tests: unit, property and end-to-end with both programs
+peers: ## Bring the servers that the tests talk to (llama.cpp's) into .segue/peers
+	@test -x .segue/peers/bin/python || python3 -m venv .segue/peers
+	@.segue/peers/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/requirements.txt \
+	  || echo "WARNING: the peers cannot be installed here; tests that need them will say so and skip" >&2
+
+test: fmt lint build peers ## Format, lints, and all tests: unit, property and end-to-end with both programs
 	cd deploy && python3 -m unittest --quiet test_setup
 	$(CARGO) test --release --locked --workspace
 

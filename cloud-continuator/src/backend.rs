@@ -1,11 +1,13 @@
 //! What continues a reply: a large model behind one interface.
 
+pub mod breaker;
 pub mod embedded;
+pub mod openai;
 
-use std::sync::Arc;
+use std::{pin::Pin, sync::Arc, time::Duration};
 
 use thiserror::Error;
-use tokio::sync::mpsc;
+use tokio_stream::Stream;
 
 /// One earlier message of the conversation.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,6 +59,9 @@ pub enum Input {
     /// Continue this reply text; answered with [`Event::Text`]s and [`Event::Done`]. May come again with another text, which
     /// ends the generation before.
     Generate(String),
+    /// Go on with this reply text, which another backend left off anywhere, even inside a word: answered like [`Input::Generate`], but the
+    /// text must follow the given one as it is, for nothing mends the joint.
+    Resume(String),
     /// The turn is over: free what it holds.
     Close,
 }
@@ -128,10 +133,58 @@ pub enum Failure {
     },
     /// No room now.
     #[error("the continuator is at its limit of turns; try again shortly")]
-    Overloaded,
+    Overloaded {
+        /// How long to leave it alone, where that is known.
+        retry_after: Option<Duration>,
+    },
+    /// Every backend is being left alone after failures.
+    #[error("no backend works at the moment; they are tried again in {0:?}")]
+    Unavailable(Duration),
     /// The model cannot be run.
     #[error("the model failed: {0}")]
     Model(String),
+    /// No connection to the upstream server.
+    #[error("the upstream server cannot be reached: {0}")]
+    Unreachable(String),
+    /// The upstream server answered with an error. Its message may quote the user: it must not be logged.
+    #[error("the upstream server refused: {status} {message}")]
+    Refused {
+        /// HTTP status; 200 for an error inside a stream.
+        status: u16,
+        /// What it said.
+        message: String,
+    },
+    /// The upstream server sent nothing for this long.
+    #[error("the upstream server sent nothing for {0:?}")]
+    Stalled(Duration),
+    /// The upstream server's reply broke off.
+    #[error("the upstream server's reply broke off")]
+    CutOff,
+}
+
+impl Failure {
+    /// A name for logs, spans and metrics: it holds nothing that anybody wrote.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Failure::ContextTooSmall { .. } => "context_too_small",
+            Failure::Overloaded { .. } => "overloaded",
+            Failure::Unavailable(_) => "unavailable",
+            Failure::Model(_) => "model",
+            Failure::Unreachable(_) => "unreachable",
+            Failure::Refused { .. } => "refused",
+            Failure::Stalled(_) => "stalled",
+            Failure::CutOff => "cut_off",
+        }
+    }
+
+    /// Whether the same turn may succeed later or elsewhere.
+    pub fn retryable(&self) -> bool {
+        match self {
+            Failure::ContextTooSmall { .. } => false,
+            Failure::Refused { status, .. } => matches!(status, 200 | 408 | 425 | 429 | 500..),
+            _ => true,
+        }
+    }
 }
 
 /// What a backend is.
@@ -141,6 +194,8 @@ pub struct Info {
     pub model: String,
     /// `gen_ai.provider.name`.
     pub provider: &'static str,
+    /// Whether it scores a committed prefix; else [`Event::Scored`] comes without scores.
+    pub scores: bool,
 }
 
 /// Serves turns.
@@ -153,23 +208,31 @@ pub trait Backend: Send + Sync + 'static {
     /// # Errors
     /// [`Failure::Overloaded`] when no more turns can wait; other failures come as [`Event::Failed`].
     fn open(&self, request: Request) -> Result<Turn, Failure>;
+
+    /// Whether it could serve a turn now.
+    ///
+    /// # Errors
+    /// Why it could not.
+    fn check(&self) -> Pin<Box<dyn Future<Output = Result<(), Failure>> + Send + '_>>;
 }
+
+type Events = Pin<Box<dyn Stream<Item = Event> + Send>>;
 
 /// A turn at a backend.
 pub struct Turn {
     input: Arc<dyn Fn(Input) -> Result<(), Failure> + Send + Sync>,
-    events: mpsc::Receiver<Event>,
+    events: Events,
 }
 
 impl Turn {
     /// A turn that takes input through `input` and reports through `events`.
     pub fn new(
         input: impl Fn(Input) -> Result<(), Failure> + Send + Sync + 'static,
-        events: mpsc::Receiver<Event>,
+        events: impl Stream<Item = Event> + Send + 'static,
     ) -> Self {
         Self {
             input: Arc::new(input),
-            events,
+            events: Box::pin(events),
         }
     }
 
@@ -183,7 +246,7 @@ impl Turn {
 
     /// The next event; `None` when there will be no more.
     pub fn poll_next(&mut self, context: &mut std::task::Context<'_>) -> std::task::Poll<Option<Event>> {
-        self.events.poll_recv(context)
+        self.events.as_mut().poll_next(context)
     }
 }
 

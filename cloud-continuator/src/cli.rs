@@ -2,18 +2,14 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use segue_shared::proto::Tone;
+use clap::{Args, Parser, Subcommand};
 
 use crate::{
+    backend::openai::Mode,
+    config::{self, Allowed, Backend, ConfigError, Embedded, OpenAi, Settings, ToneName},
     layout::Layout,
-    policy,
-    turn::Judgement,
-    verify::{self, Thresholds},
+    verify,
 };
-
-/// The default large model, which `make setup` brings.
-pub const DEFAULT_MODEL: &str = ".segue/models/SmolLM2-135M-Instruct.Q4_1.gguf";
 
 /// Continues the openers of micro language models with a large one.
 #[derive(Debug, Parser)]
@@ -27,8 +23,10 @@ pub struct Cli {
 /// Commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Load a model and serve continuations over gRPC.
+    /// Load a model, or find an upstream server, and serve continuations over gRPC.
     Serve(Box<Serve>),
+    /// Show the settings that `serve` would use with the same options, as a configuration file.
+    Config(Box<Serve>),
     /// Ask a continuator whether it serves: exit code 0 if it does.
     Check {
         /// The continuator's address.
@@ -37,113 +35,189 @@ pub enum Command {
     },
 }
 
-/// Options of `serve`.
-#[derive(Debug, Args)]
+/// Options of `serve`; each outweighs the configuration file.
+#[derive(Debug, Default, Args)]
 pub struct Serve {
-    /// Address and port to listen on.
-    #[arg(long, default_value = "127.0.0.1:50051", env = "SEGUE_LISTEN")]
-    pub listen: SocketAddr,
-    /// Large model: a GGUF file.
-    #[arg(long, default_value = DEFAULT_MODEL, env = "SEGUE_MODEL")]
-    pub model: PathBuf,
+    /// Configuration file; deploy/continuator.toml shows all settings. What is given here and in the environment outweighs it.
+    #[arg(long, env = "SEGUE_CONFIG")]
+    pub config: Option<PathBuf>,
+    /// Address and port to listen on [default: 127.0.0.1:50051].
+    #[arg(long, env = "SEGUE_LISTEN")]
+    pub listen: Option<SocketAddr>,
+    /// What the model is told first [default: to be a helpful voice assistant].
+    #[arg(long, env = "SEGUE_SYSTEM_PROMPT")]
+    pub system_prompt: Option<String>,
+    /// The embedded engine.
+    #[command(flatten)]
+    pub embedded: EmbeddedArgs,
+    /// An upstream server.
+    #[command(flatten)]
+    pub upstream: UpstreamArgs,
+    /// Verifier and directives.
+    #[command(flatten)]
+    pub directives: DirectiveArgs,
+}
+
+/// The embedded engine.
+#[derive(Clone, Debug, Default, PartialEq, Args)]
+#[command(next_help_heading = "Embedded engine")]
+pub struct EmbeddedArgs {
+    /// Large model: a GGUF file, or hf:OWNER/REPO/FILE.gguf [default: the one that `make setup` brings].
+    #[arg(long, env = "SEGUE_MODEL")]
+    pub model: Option<String>,
     /// How the conversation is put to the model [default: by the model].
     #[arg(long)]
     pub layout: Option<Layout>,
-    /// KV cache for all turns together, in tokens.
-    #[arg(long, default_value_t = 8192, value_parser = clap::value_parser!(u32).range(256..=1 << 22))]
-    pub context: u32,
-    /// Turns that run at a time; more wait.
-    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=63))]
-    pub slots: u32,
-    /// Turns that may wait for a place; more are turned away.
-    #[arg(long, default_value_t = 64)]
-    pub waiting: usize,
+    /// KV cache for all turns together, in tokens [default: 8192].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(256..=1 << 22))]
+    pub context: Option<u32>,
+    /// Turns that run at a time; more wait [default: 16].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=63))]
+    pub slots: Option<u32>,
+    /// Turns that may wait for a place; more are turned away [default: 64].
+    #[arg(long)]
+    pub waiting: Option<usize>,
     /// Threads for the model [default: one per core].
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=512))]
     pub threads: Option<u16>,
-    /// Layers of the model to put on a GPU (needs a build with the `cuda` or `vulkan` feature).
-    #[arg(long, default_value_t = 0)]
-    pub gpu_layers: u32,
-    /// Verifier and directives.
-    #[command(flatten)]
-    pub judgement: JudgementArgs,
+    /// Layers of the model to put on a GPU (needs a build with the `cuda` or `vulkan` feature) [default: 0].
+    #[arg(long)]
+    pub gpu_layers: Option<u32>,
+}
+
+/// An upstream server.
+#[derive(Clone, Debug, Default, PartialEq, Args)]
+#[command(next_help_heading = "Upstream server (instead of the embedded engine)")]
+pub struct UpstreamArgs {
+    /// Address of an OpenAI-compatible API, like http://127.0.0.1:8000/v1.
+    #[arg(long, env = "SEGUE_UPSTREAM", requires = "upstream_model")]
+    pub upstream: Option<String>,
+    /// The model's name there.
+    #[arg(long, env = "SEGUE_UPSTREAM_MODEL", requires = "upstream")]
+    pub upstream_model: Option<String>,
+    /// How the upstream is asked to continue a reply [default: auto].
+    #[arg(long, env = "SEGUE_UPSTREAM_MODE", requires = "upstream")]
+    pub upstream_mode: Option<Mode>,
+    /// File with the upstream's API key.
+    #[arg(long, env = "SEGUE_UPSTREAM_KEY_FILE", requires = "upstream")]
+    pub upstream_key_file: Option<PathBuf>,
 }
 
 /// How openers are judged and corrected.
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Directives")]
-pub struct JudgementArgs {
-    /// How openers are judged.
-    #[arg(long, value_enum, default_value_t = verify::Kind::Likelihood)]
-    pub verifier: verify::Kind,
-    /// Directives that may be used besides `bridge`, which is always possible.
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Allowed::Revise, Allowed::Restart])]
-    pub directives: Vec<Allowed>,
+pub struct DirectiveArgs {
+    /// How openers are judged [default: auto].
+    #[arg(long, value_enum)]
+    pub verifier: Option<verify::Kind>,
+    /// Directives that may be used besides `bridge`, which is always possible [default: revise,restart].
+    #[arg(long, value_enum, value_delimiter = ',')]
+    pub directives: Option<Vec<Allowed>>,
     /// Continue every opener as it is.
     #[arg(long)]
     pub no_verify: bool,
-    /// Manner of bridges, where the edge has no wish.
-    #[arg(long, value_enum, default_value_t = ToneArg::Neutral)]
-    pub tone: ToneArg,
-    /// A word is wrong when the large model gives one of its tokens a log-probability below this.
-    #[arg(long, allow_negative_numbers = true, value_parser = log_probability, default_value_t = Thresholds::default().word)]
-    pub word_threshold: f32,
-    /// An opener is wrong as a whole when the mean log-probability of its tokens is below this.
-    #[arg(long, allow_negative_numbers = true, value_parser = log_probability, default_value_t = Thresholds::default().mean)]
-    pub mean_threshold: f32,
-}
-
-/// Directives that can be switched off.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Allowed {
-    /// Only `bridge`.
-    Bridge,
-    /// Replace the tail of an opener.
-    Revise,
-    /// Drop an opener.
-    Restart,
-}
-
-/// Manner of a bridge.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ToneArg {
-    /// Matter-of-fact.
-    Neutral,
-    /// With a short apology.
-    Apologetic,
-    /// Light-hearted.
-    Playful,
+    /// Manner of bridges, where the edge has no wish [default: neutral].
+    #[arg(long, value_enum)]
+    pub tone: Option<ToneName>,
+    /// A word is wrong when the large model gives one of its tokens a log-probability below this [default: -7.5].
+    #[arg(long, allow_negative_numbers = true, value_parser = log_probability)]
+    pub word_threshold: Option<f32>,
+    /// An opener is wrong as a whole when the mean log-probability of its tokens is below this [default: -2.8].
+    #[arg(long, allow_negative_numbers = true, value_parser = log_probability)]
+    pub mean_threshold: Option<f32>,
 }
 
 fn log_probability(text: &str) -> Result<f32, String> {
-    match text.parse::<f32>() {
-        Ok(value) if (-100.0..=0.0).contains(&value) => Ok(value),
-        _ => Err("a log-probability threshold is a number from -100 to 0".into()),
+    config::log_probability(text.parse().unwrap_or(f32::NAN))
+}
+
+impl Serve {
+    /// The settings of the file (or the defaults) with these options over them, checked.
+    ///
+    /// # Errors
+    /// [`ConfigError`]
+    pub fn settings(&self) -> Result<Settings, ConfigError> {
+        let mut settings = match &self.config {
+            Some(path) => Settings::read(path)?,
+            None => Settings::default(),
+        };
+        self.apply(&mut settings).map_err(ConfigError::Invalid)?;
+        settings.check()?;
+        Ok(settings)
+    }
+
+    fn apply(&self, settings: &mut Settings) -> Result<(), String> {
+        set(&mut settings.listen, &self.listen);
+        if self.system_prompt.is_some() {
+            settings.system_prompt.clone_from(&self.system_prompt);
+        }
+        self.upstream(settings)?;
+        self.embedded(settings)?;
+        let (to, from) = (&mut settings.directives, &self.directives);
+        to.verify &= !from.no_verify;
+        set(&mut to.verifier, &from.verifier);
+        set(&mut to.allowed, &from.directives);
+        set(&mut to.tone, &from.tone);
+        set(&mut to.word_threshold, &from.word_threshold);
+        set(&mut to.mean_threshold, &from.mean_threshold);
+        Ok(())
+    }
+
+    fn upstream(&self, settings: &mut Settings) -> Result<(), String> {
+        let from = &self.upstream;
+        let Some(base_url) = &from.upstream else { return Ok(()) };
+        if self.config.is_some() && settings.backend != Settings::default().backend {
+            return Err("--upstream contradicts the backends of the configuration file: describe it there".into());
+        }
+        if self.embedded != EmbeddedArgs::default() {
+            return Err("--upstream takes the place of the embedded engine, so that --model and its kin mean nothing; to use both, describe them in a configuration file".into());
+        }
+        settings.backend = vec![Backend::OpenAi(OpenAi {
+            base_url: base_url.clone(),
+            model: from.upstream_model.clone().unwrap_or_default(),
+            mode: from.upstream_mode.unwrap_or_default(),
+            api_key_file: from.upstream_key_file.clone(),
+            ..OpenAi::default()
+        })];
+        Ok(())
+    }
+
+    fn embedded(&self, settings: &mut Settings) -> Result<(), String> {
+        let from = &self.embedded;
+        if *from == EmbeddedArgs::default() {
+            return Ok(());
+        }
+        let embedded = settings.backend.iter_mut().find_map(|backend| match backend {
+            Backend::Embedded(embedded) => Some(embedded),
+            Backend::OpenAi(_) => None,
+        });
+        let Some(to) = embedded else {
+            return Err("--model and its kin are about the embedded engine, but the configuration has none".into());
+        };
+        let Embedded {
+            model,
+            layout,
+            context,
+            slots,
+            waiting,
+            threads,
+            gpu_layers,
+            ..
+        } = to;
+        set(model, &from.model);
+        set(context, &from.context);
+        set(slots, &from.slots);
+        set(waiting, &from.waiting);
+        set(gpu_layers, &from.gpu_layers);
+        *layout = from.layout.or(*layout);
+        *threads = from.threads.or(*threads);
+        Ok(())
     }
 }
 
-impl JudgementArgs {
-    /// The settings that these options mean.
-    pub fn judgement(&self) -> Judgement {
-        let tone = match self.tone {
-            ToneArg::Neutral => Tone::Neutral,
-            ToneArg::Apologetic => Tone::Apologetic,
-            ToneArg::Playful => Tone::Playful,
-        };
-        Judgement {
-            verifier: self.verifier,
-            thresholds: Thresholds {
-                word: self.word_threshold,
-                mean: self.mean_threshold,
-            },
-            policy: policy::Settings {
-                verify: !self.no_verify,
-                revise: self.directives.contains(&Allowed::Revise),
-                restart: self.directives.contains(&Allowed::Restart),
-                tone,
-                ..policy::Settings::default()
-            },
-        }
+fn set<T: Clone>(to: &mut T, from: &Option<T>) {
+    if let Some(value) = from {
+        to.clone_from(value);
     }
 }
 
@@ -153,18 +227,94 @@ mod tests {
 
     use super::*;
 
+    fn settings(args: &[&str]) -> Result<Settings, String> {
+        let cli = Cli::try_parse_from(["x", "serve"].iter().chain(args)).map_err(|e| e.to_string())?;
+        match cli.command {
+            Command::Serve(serve) => serve.settings().map_err(|e| e.to_string()),
+            other => panic!("{other:?}"),
+        }
+    }
+
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn thresholds_have_a_range() {
-        let parse = |value: &str| Cli::try_parse_from(["x", "serve", "--word-threshold", value]);
-        assert!(parse("-8.5").is_ok());
-        for bad in ["1", "-101", "NaN", "x"] {
-            assert!(parse(bad).unwrap_err().to_string().contains("-100 to 0"), "{bad}");
+    fn without_options_the_defaults_are_in_force() {
+        assert_eq!(settings(&[]).unwrap(), Settings::default());
+    }
+
+    #[test]
+    fn help_names_the_defaults() {
+        let help = Cli::command()
+            .find_subcommand_mut("serve")
+            .unwrap()
+            .render_long_help()
+            .to_string();
+        let (d, e) = (config::Directives::default(), Embedded::default());
+        for (flag, value) in [
+            ("--listen", Settings::default().listen.to_string()),
+            ("--context", e.context.to_string()),
+            ("--slots", e.slots.to_string()),
+            ("--waiting", e.waiting.to_string()),
+            ("--gpu-layers", e.gpu_layers.to_string()),
+            ("--word-threshold", d.word_threshold.to_string()),
+            ("--mean-threshold", d.mean_threshold.to_string()),
+        ] {
+            let text = help.split(&format!("{flag} ")).nth(1).unwrap();
+            let default = text.split("[default: ").nth(1).unwrap().split(']').next().unwrap();
+            assert_eq!(default, value, "{flag}");
         }
-        assert!(Cli::try_parse_from(["x", "serve", "--tone", "angry"]).is_err());
+    }
+
+    #[test]
+    fn thresholds_have_a_range() {
+        assert!(settings(&["--word-threshold", "-8.5"]).is_ok());
+        for bad in ["1", "-101", "NaN", "x"] {
+            assert!(
+                settings(&["--word-threshold", bad]).unwrap_err().contains("-100 to 0"),
+                "{bad}"
+            );
+        }
+        assert!(settings(&["--tone", "angry"]).is_err());
+    }
+
+    #[test]
+    fn an_upstream_takes_the_engines_place() {
+        let settings = settings(&[
+            "--upstream",
+            "http://x/v1",
+            "--upstream-model",
+            "m",
+            "--upstream-mode",
+            "prompt",
+        ]);
+        let settings = settings.unwrap();
+        let [Backend::OpenAi(upstream)] = &settings.backend[..] else {
+            panic!("{settings:?}")
+        };
+        assert_eq!(
+            (upstream.base_url.as_str(), upstream.mode),
+            ("http://x/v1", Mode::Prompt)
+        );
+    }
+
+    #[test]
+    fn contradictions_are_named() {
+        let upstream = ["--upstream", "http://x/v1", "--upstream-model", "m"];
+        for (args, says) in [
+            (&["--upstream", "http://x/v1"][..], "--upstream-model"),
+            (&[&upstream[..], &["--slots", "2"]].concat(), "--model and its kin"),
+            (
+                &[&upstream[..], &["--verifier", "likelihood"]].concat(),
+                "no backend scores",
+            ),
+            (&["--context", "300"], "limits.tokens"),
+            (&["--config", "/nowhere.toml"], "/nowhere.toml"),
+        ] {
+            let error = settings(args).unwrap_err();
+            assert!(error.contains(says), "{args:?}: {error}");
+        }
     }
 }

@@ -7,11 +7,11 @@ use segue_shared::proto::{
     continuator_service_server::{ContinuatorService, ContinuatorServiceServer},
 };
 use tokio::net::TcpListener;
-use tokio_stream::{
-    Stream,
-    wrappers::{ReceiverStream, TcpListenerStream},
+use tokio_stream::{Stream, wrappers::ReceiverStream};
+use tonic::{
+    Request, Response, Status, Streaming,
+    transport::{Server, server::TcpIncoming},
 };
-use tonic::{Request, Response, Status, Streaming, transport::Server};
 use tracing::Instrument;
 
 use crate::session::{self, Service};
@@ -55,13 +55,24 @@ pub async fn serve(
     stop: impl Future<Output = ()> + Send,
 ) -> Result<(), tonic::transport::Error> {
     let (reporter, health) = tonic_health::server::health_reporter();
-    reporter.set_serving::<ContinuatorServiceServer<Grpc>>().await;
     let mut draining = service.draining.clone();
-    let not_ready = async move {
-        if draining.wait_for(Option::is_some).await.is_ok() {
-            reporter.set_not_serving::<ContinuatorServiceServer<Grpc>>().await;
+    let mut ready = service.backends.ready();
+    // Ready as long as a backend works and nobody has said to stop.
+    let health_follows = async move {
+        loop {
+            if draining.borrow_and_update().is_none() && *ready.borrow_and_update() {
+                reporter.set_serving::<ContinuatorServiceServer<Grpc>>().await;
+            } else {
+                reporter.set_not_serving::<ContinuatorServiceServer<Grpc>>().await;
+            }
+            let gone = tokio::select! {
+                changed = draining.changed() => changed.is_err(),
+                changed = ready.changed() => changed.is_err(),
+            };
+            if gone {
+                std::future::pending::<()>().await;
+            }
         }
-        std::future::pending::<()>().await;
     };
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
@@ -70,7 +81,6 @@ pub async fn serve(
         .expect("the embedded descriptors are valid");
     let limit = service.limits.frame_bytes;
     let server = Server::builder()
-        .tcp_nodelay(true)
         .max_concurrent_streams(STREAMS)
         // A device that lost its network says nothing: ask, so that its turns are freed.
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
@@ -78,9 +88,9 @@ pub async fn serve(
         .add_service(health)
         .add_service(reflection)
         .add_service(ContinuatorServiceServer::new(Grpc(service)).max_decoding_message_size(limit))
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop);
+        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), stop);
     tokio::select! {
         result = server => result,
-        () = not_ready => Ok(()),
+        () = health_follows => Ok(()),
     }
 }

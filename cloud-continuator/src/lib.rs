@@ -1,10 +1,14 @@
 //! Segue's continuator: continues the opener of a micro language model with a large one.
 
+pub mod attempts;
 pub mod backend;
+pub mod backends;
 pub mod cli;
+pub mod config;
 pub mod grpc;
 pub mod judge;
 pub mod layout;
+pub mod models;
 pub mod names;
 pub mod policy;
 pub mod request;

@@ -6,22 +6,24 @@ use std::{
         Arc,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
-    time::Duration,
 };
 
 use clap::Parser;
 use cloud_continuator::{
-    backend::embedded::{self, Embedded, LoadError},
+    backend::{
+        Backend,
+        embedded::{self, Embedded},
+        openai::OpenAi,
+    },
+    backends::Backends,
     cli::{Cli, Command, Serve},
-    grpc,
-    session::{Limits, Service},
+    config::{self, Settings},
+    grpc, models,
+    session::Service,
 };
 use segue_shared::{client, exit::Exit, proto, telemetry};
 use tokio::{net::TcpListener, signal::unix, sync::watch};
 use tracing::level_filters::LevelFilter;
-
-/// How long running turns may take once the continuator was told to stop.
-const GRACE: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -64,6 +66,7 @@ async fn run(cli: Cli) -> Outcome {
         .map_err(|e| (Exit::Usage, e.to_string()))?;
     let outcome = match cli.command {
         Command::Serve(options) => serve(*options).await,
+        Command::Config(options) => show(&options),
         Command::Check { url } => check(&url).await,
     };
     telemetry.shutdown().await;
@@ -71,55 +74,98 @@ async fn run(cli: Cli) -> Outcome {
 }
 
 async fn serve(options: Serve) -> Outcome {
-    let listener = TcpListener::bind(options.listen).await.map_err(|error| {
-        (
-            Exit::Usage,
-            format!(
-                "cannot listen on {}: {error}; choose another address with --listen",
-                options.listen
-            ),
-        )
+    let settings = options.settings().map_err(usage)?;
+    let listener = TcpListener::bind(settings.listen).await.map_err(|error| {
+        usage(format!(
+            "cannot listen on {}: {error}; choose another address with --listen",
+            settings.listen
+        ))
     })?;
-    let judgement = options.judgement.judgement();
-    let load = embedded::Options {
-        model: options.model,
-        layout: options.layout,
-        context: options.context,
-        slots: options.slots,
-        waiting: options.waiting,
-        threads: options.threads.map(usize::from),
-        gpu_layers: options.gpu_layers,
-    };
-    let loaded = tokio::task::spawn_blocking(move || Embedded::load(load)).await;
-    let backend = loaded
-        .map_err(|e| (Exit::Software, e.to_string()))?
-        .map_err(|error: LoadError| (Exit::Usage, error.to_string()))?;
+    let backends = Arc::new(backends(&settings).await?);
     let (drain, draining) = watch::channel(None);
     let service = Arc::new(Service {
-        backend: Arc::new(backend),
-        judgement,
-        limits: Limits::default(),
+        backends: backends.clone(),
+        hedge_after: settings.hedge_after,
+        judgement: settings.judgement(),
+        limits: settings.limits(),
         draining,
         first_text_micros: AtomicU64::new(0),
         running: AtomicUsize::new(0),
     });
     let address = listener
         .local_addr()
-        .map_or_else(|_| options.listen.to_string(), |a| a.to_string());
-    tracing::info!(%address, model = service.backend.info().model, "serving");
+        .map_or_else(|_| settings.listen.to_string(), |a| a.to_string());
+    tracing::info!(%address, model = backends.leader().backend.info().model, "serving");
     let running = service.clone();
+    let grace = settings.limits.drain;
     let stop = async move {
         stop_signal().await;
         tracing::info!(
             turns = running.running.load(Ordering::Relaxed),
             "stopping: no new turns"
         );
-        let _ = drain.send(Some(GRACE));
+        let _ = drain.send(Some(grace));
         // Streams end by themselves when their turns are done, at the latest after the grace period.
     };
-    grpc::serve(service, listener, stop)
-        .await
-        .map_err(|e| (Exit::Software, format!("the server failed: {e}")))
+    tokio::select! {
+        served = grpc::serve(service, listener, stop) => {
+            served.map_err(|e| (Exit::Software, format!("the server failed: {e}")))
+        }
+        () = backends.keep_checking() => Ok(()),
+    }
+}
+
+fn usage(error: impl ToString) -> (Exit, String) {
+    (Exit::Usage, error.to_string())
+}
+
+/// Loads the models, and prepares the upstreams.
+async fn backends(settings: &Settings) -> Result<Backends, (Exit, String)> {
+    let mut members: Vec<(String, Arc<dyn Backend>)> = Vec::new();
+    for backend in &settings.backend {
+        let member: Arc<dyn Backend> = match backend {
+            config::Backend::OpenAi(upstream) => {
+                let options = upstream.options(settings.system_prompt.as_deref()).map_err(usage)?;
+                let wrong = |e| usage(format!("backend {:?}: {e}", upstream.name));
+                Arc::new(OpenAi::new(options).map_err(wrong)?)
+            }
+            config::Backend::Embedded(engine) => {
+                let (engine, system_prompt) = (engine.clone(), settings.system_prompt.clone());
+                let loaded = tokio::task::spawn_blocking(move || load(engine, system_prompt)).await;
+                Arc::new(loaded.map_err(|e| (Exit::Software, e.to_string()))??)
+            }
+        };
+        members.push((backend.name().to_owned(), member));
+    }
+    Ok(Backends::new(members))
+}
+
+fn load(engine: config::Embedded, system_prompt: Option<String>) -> Result<Embedded, (Exit, String)> {
+    Embedded::load(embedded::Options {
+        model: models::resolve(&engine.model).map_err(usage)?,
+        layout: engine.layout,
+        system_prompt,
+        context: engine.context,
+        slots: engine.slots,
+        waiting: engine.waiting,
+        threads: engine.threads.map(usize::from),
+        gpu_layers: engine.gpu_layers,
+        prefill_share: engine.prefill_share,
+    })
+    .map_err(usage)
+}
+
+fn show(options: &Serve) -> Outcome {
+    let settings = options.settings().map_err(usage)?;
+    let text = toml::to_string(&settings).map_err(|e| (Exit::Software, e.to_string()))?;
+    write(&text)
+}
+
+fn write(text: &str) -> Outcome {
+    use std::io::Write;
+    std::io::stdout()
+        .write_all(text.as_bytes())
+        .map_err(|e| (Exit::Io, e.to_string()))
 }
 
 async fn stop_signal() {
@@ -141,14 +187,10 @@ async fn check(url: &str) -> Outcome {
         ..Default::default()
     };
     let conversation = client::converse(channel, url, hello).await.map_err(failed)?;
-    use std::io::Write;
-    let line = format!(
+    write(&format!(
         "{url} serves {} (protocol {})\n",
         conversation.welcome.model, conversation.welcome.protocol_version
-    );
-    std::io::stdout()
-        .write_all(line.as_bytes())
-        .map_err(|e| (Exit::Io, e.to_string()))
+    ))
 }
 
 fn exit_of(error: &client::ConnectError) -> Exit {

@@ -2,6 +2,10 @@
 //!
 //! (`tracing` wants literal names in its macros; these constants are for recording values later and for tests.)
 
+/// Who serves the model.
+pub const PROVIDER: &str = "gen_ai.provider.name";
+/// The model's name.
+pub const MODEL: &str = "gen_ai.request.model";
 /// Tokens of the prompt.
 pub const INPUT_TOKENS: &str = "gen_ai.usage.input_tokens";
 /// Tokens generated.

@@ -15,10 +15,11 @@ use tokio::time::Instant;
 use tracing::{Span, field::Empty, info_span};
 
 use crate::{
-    backend::{self, Event, Finish, Request, Usage},
+    attempts::{Attempts, News},
+    backend::{Event, Failure, Finish, Request, Usage},
     names,
     session::{Service, turn_failed},
-    turn::{Effect, Incoming, Mark, Turn, failed},
+    turn::{Effect, Incoming, Judgement, Mark, Turn, failed},
     verify::Verdict,
 };
 
@@ -26,8 +27,7 @@ use crate::{
 pub struct Running {
     id: u64,
     machine: Turn,
-    backend: backend::Turn,
-    request: Request,
+    attempts: Attempts,
     service: Arc<Service>,
     started: Instant,
     deadline: Instant,
@@ -53,14 +53,13 @@ impl Running {
         start: &StartTurn,
         request: Request,
     ) -> Result<Self, TurnFailed> {
-        let info = service.backend.info();
         let span = info_span!(
             "continuation",
             otel.kind = "server",
             segue.turn_id = start.turn_id,
             gen_ai.operation.name = "chat",
-            gen_ai.provider.name = info.provider,
-            gen_ai.request.model = info.model,
+            gen_ai.provider.name = Empty,
+            gen_ai.request.model = Empty,
             gen_ai.usage.input_tokens = Empty,
             gen_ai.usage.cache_read.input_tokens = Empty,
             gen_ai.usage.output_tokens = Empty,
@@ -77,32 +76,35 @@ impl Running {
             tracestate: start.tracestate.clone(),
         }
         .adopt(&span);
-        let backend = service.backend.open(request.clone()).map_err(|failure| {
+        let history = request.history.clone();
+        let attempts = Attempts::open(&service.backends, request, service.hedge_after, &span).map_err(|failure| {
+            span.record(names::ERROR_TYPE, failure.kind());
             let Effect::Fail {
                 error,
                 message,
                 retryable,
+                retry_after,
             } = failed(&failure)
             else {
                 unreachable!("failed() makes Fail")
             };
-            turn_failed(start.turn_id, error, message, retryable)
+            turn_failed(start.turn_id, error, message, retryable, retry_after)
         })?;
+        let info = service.backends.members()[attempts.member()].backend.info();
+        span.record(names::PROVIDER, info.provider);
+        span.record(names::MODEL, info.model.as_str());
+        let judgement = Judgement {
+            verifier: service.judgement.verifier.for_backend(info.scores),
+            ..service.judgement
+        };
         let now = Instant::now();
         let limit = service.limits.turn;
         let allowed = proto::std_duration(start.deadline).map_or(limit, |wish| wish.min(limit));
         service.running.fetch_add(1, Ordering::Relaxed);
         Ok(Self {
             id: start.turn_id,
-            machine: Turn::new(
-                start.turn_id,
-                surface,
-                service.judgement,
-                start.tone(),
-                request.history.clone(),
-            ),
-            backend,
-            request,
+            machine: Turn::new(start.turn_id, surface, judgement, start.tone(), history),
+            attempts,
             service: service.clone(),
             started: now,
             deadline: now + allowed,
@@ -132,9 +134,31 @@ impl Running {
         self.machine.may_be_refused()
     }
 
-    /// The backend's next event.
-    pub fn poll_event(&mut self, context: &mut Context<'_>) -> Poll<Option<Event>> {
-        self.backend.poll_next(context)
+    /// The backends' next news.
+    pub fn poll_news(&mut self, context: &mut Context<'_>) -> Poll<News> {
+        let stopped = || News::Event(Event::Failed(Failure::Model("the engine stopped".into())));
+        self.attempts
+            .poll_next(context)
+            .map(|news| news.unwrap_or_else(stopped))
+    }
+
+    /// Takes the backends' news; returns the frames to send.
+    pub fn news(&mut self, news: News) -> Vec<CloudFrame> {
+        match news {
+            News::Event(Event::Failed(failure)) => {
+                let generated = self.machine.usage().generated;
+                match self.attempts.move_on(failure, generated) {
+                    Ok(()) => self.on(Incoming::Moved),
+                    Err(failure) => self.on(Incoming::Backend(Event::Failed(failure))),
+                }
+            }
+            News::Event(event) => self.on(Incoming::Backend(event)),
+            News::Overtaken(event) => {
+                // The machine's question is the one that the new backend is answering.
+                self.machine.on(Incoming::Moved);
+                self.on(Incoming::Backend(event))
+            }
+        }
     }
 
     /// Takes an event; returns the frames to send.
@@ -150,23 +174,20 @@ impl Running {
                     error,
                     message,
                     retryable,
+                    retry_after,
                 } => {
                     self.record_failure(error);
-                    frames.push(turn_failed(self.id, error, message, retryable).into());
+                    frames.push(turn_failed(self.id, error, message, retryable, retry_after).into());
                 }
                 Effect::Backend(input) => {
-                    if let Err(failure) = self.backend.send(input) {
-                        frames.extend(self.on(Incoming::Backend(Event::Failed(failure))));
+                    if let Err(failure) = self.attempts.send(input) {
+                        frames.extend(self.news(News::Event(Event::Failed(failure))));
                     }
                 }
                 Effect::Reopen(input) => {
-                    let reopened = self.service.backend.open(self.request.clone()).and_then(|turn| {
-                        self.backend = turn;
-                        self.backend.send(input)
-                    });
-                    match reopened {
-                        Ok(()) => self.count(true),
-                        Err(failure) => frames.extend(self.on(Incoming::Backend(Event::Failed(failure)))),
+                    self.count(true);
+                    if let Err(failure) = self.attempts.reopen().and_then(|()| self.attempts.send(input)) {
+                        frames.extend(self.news(News::Event(Event::Failed(failure))));
                     }
                 }
             }
@@ -236,7 +257,9 @@ impl Running {
         self.record_failure(error);
     }
 
-    fn close(&mut self, reason: proto::FinishReason, usage: Usage) -> proto::EndTurn {
+    fn close(&mut self, reason: proto::FinishReason, mut usage: Usage) -> proto::EndTurn {
+        // Whoever lost a race had read the same prompt.
+        usage.wasted += self.attempts.losers() * (usage.prompt + usage.opener);
         let name = reason.as_str_name().trim_start_matches("FINISH_REASON_").to_lowercase();
         self.span.record(names::INPUT_TOKENS, usage.prompt + usage.opener);
         self.span.record(names::CACHED_TOKENS, usage.cached);

@@ -24,10 +24,11 @@ use tokio_stream::{Stream, StreamExt};
 use tonic::Status;
 
 use crate::{
-    backend::Backend,
+    attempts::News,
+    backends::Backends,
     request,
     running::Running,
-    turn::{Incoming, Judgement},
+    turn::{Incoming, Judgement, RETRY_AFTER},
 };
 
 /// How long an edge may take no frame while some wait for it.
@@ -74,8 +75,10 @@ impl Default for Limits {
 
 /// What all conversations share.
 pub struct Service {
-    /// Continues the replies.
-    pub backend: Arc<dyn Backend>,
+    /// Continue the replies.
+    pub backends: Arc<Backends>,
+    /// When a second backend is asked because the first one's first token is late; `None`: never.
+    pub hedge_after: Option<Duration>,
     /// How openers are judged.
     pub judgement: Judgement,
     /// What is accepted.
@@ -109,7 +112,7 @@ impl Service {
         proto::Welcome {
             protocol_version,
             server_version: env!("CARGO_PKG_VERSION").into(),
-            model: self.backend.info().model.clone(),
+            model: self.backends.leader().backend.info().model.clone(),
             limits: Some(proto::Limits {
                 max_frame_bytes: limits.frame_bytes as u32,
                 max_user_text_bytes: limits.user_text_bytes as u32,
@@ -211,7 +214,7 @@ struct Session {
 
 enum Next {
     Frame(Option<Result<EdgeFrame, Status>>),
-    Backend(u64, Option<crate::backend::Event>),
+    Backend(u64, News),
     Deadline,
     Drain(Duration),
 }
@@ -249,8 +252,8 @@ impl Session {
             let turns = &mut self.turns;
             let events = poll_fn(|context| {
                 for (id, turn) in turns.iter_mut().filter(|(_, turn)| !turn.ended()) {
-                    if let Poll::Ready(event) = turn.poll_event(context) {
-                        return Poll::Ready((*id, event));
+                    if let Poll::Ready(news) = turn.poll_news(context) {
+                        return Poll::Ready((*id, news));
                     }
                 }
                 Poll::Pending
@@ -262,17 +265,15 @@ impl Session {
                 }
             };
             let next = tokio::select! {
-                (id, event) = events => Next::Backend(id, event),
+                (id, news) = events => Next::Backend(id, news),
                 frame = frames.next(), if !leaving => Next::Frame(frame),
                 () = sleep_until(deadline) => Next::Deadline,
                 grace = drain => Next::Drain(grace.unwrap_or_default()),
             };
             match next {
-                Next::Backend(id, event) => {
-                    let event = event.unwrap_or_else(|| {
-                        crate::backend::Event::Failed(crate::backend::Failure::Model("the engine stopped".into()))
-                    });
-                    self.incoming(id, Incoming::Backend(event)).await?;
+                Next::Backend(id, news) => {
+                    let frames = self.turns.get_mut(&id).map(|turn| turn.news(news));
+                    self.turn_sends(id, frames.unwrap_or_default()).await?;
                 }
                 Next::Frame(Some(Ok(frame))) => {
                     last_frame = Instant::now();
@@ -384,14 +385,14 @@ impl Session {
         if id <= self.last_turn {
             let message = format!("turn ids must grow, but {id} came after {}", self.last_turn);
             // A repeated id may be that of a running turn, which this must not end.
-            let frame = turn_failed(0, TurnError::InvalidArgument, message, false);
+            let frame = turn_failed(0, TurnError::InvalidArgument, message, false, None);
             return self.send(frame.into()).await;
         }
         self.last_turn = id;
         if self.service.draining.borrow().is_some() {
             let message = "this continuator is going away; start the turn at another";
             return self
-                .send(turn_failed(id, TurnError::Overloaded, message.into(), true).into())
+                .send(turn_failed(id, TurnError::Overloaded, message.into(), true, None).into())
                 .await;
         }
         // An ended turn is kept only as long as its directive may be refused: until the next turn.
@@ -402,14 +403,14 @@ impl Session {
                 self.turns.len()
             );
             return self
-                .send(turn_failed(id, TurnError::Overloaded, message, true).into())
+                .send(turn_failed(id, TurnError::Overloaded, message, true, None).into())
                 .await;
         }
         let request = match request::check(&start, &self.service.limits) {
             Ok(request) => request,
             Err(message) => {
                 return self
-                    .send(turn_failed(id, TurnError::InvalidArgument, message, false).into())
+                    .send(turn_failed(id, TurnError::InvalidArgument, message, false, None).into())
                     .await;
             }
         };
@@ -438,7 +439,13 @@ impl Session {
                 )
                 .await;
         };
-        for frame in turn.on(incoming) {
+        let frames = turn.on(incoming);
+        self.turn_sends(id, frames).await
+    }
+
+    /// Sends a turn's frames, and forgets the turn if they end it.
+    async fn turn_sends(&mut self, id: u64, frames: Vec<CloudFrame>) -> Result<(), End> {
+        for frame in frames {
             self.send(frame).await?;
         }
         if self.turns.get(&id).is_some_and(|turn| turn.ended() && !turn.kept()) {
@@ -472,11 +479,11 @@ impl Session {
         if let Some(turn) = self.turns.remove(&id) {
             turn.failed(error);
         }
-        self.send(turn_failed(id, error, message, retryable).into()).await
+        self.send(turn_failed(id, error, message, retryable, None).into()).await
     }
 
     /// Sends a frame. A reader that takes none for a while is given up: its turns would hold their places for nothing.
-    async fn send(&self, frame: CloudFrame) -> Result<(), End> {
+    async fn send(&mut self, frame: CloudFrame) -> Result<(), End> {
         match tokio::time::timeout(SLOW_READER, self.out.send(Ok(frame))).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(_)) => Err(End::Gone),
@@ -489,14 +496,19 @@ impl Session {
 }
 
 /// The frame that reports a failed turn.
-pub fn turn_failed(turn_id: u64, error: TurnError, message: String, retryable: bool) -> proto::TurnFailed {
-    // How long an overloaded continuator should be left alone.
-    let retry_after = (error == TurnError::Overloaded).then(|| proto::duration(Duration::from_millis(500)));
+pub fn turn_failed(
+    turn_id: u64,
+    error: TurnError,
+    message: String,
+    retryable: bool,
+    retry_after: Option<Duration>,
+) -> proto::TurnFailed {
+    let overloaded = error == TurnError::Overloaded;
     proto::TurnFailed {
         turn_id,
         error: error.into(),
         message,
         retryable,
-        retry_after,
+        retry_after: retry_after.or(overloaded.then_some(RETRY_AFTER)).map(proto::duration),
     }
 }

@@ -19,7 +19,12 @@ impl StopFilter {
     /// Takes a piece; returns what can be shown and whether a stop text was reached, after which nothing more may be pushed.
     pub fn push(&mut self, piece: &str) -> (String, bool) {
         self.held.push_str(piece);
-        if let Some(at) = self.stops.iter().filter_map(|s| self.held.find(s.as_str())).min() {
+        // Of several, the one that is complete first (of these, the longest): so that it does not matter how the text was cut.
+        let found = self
+            .stops
+            .iter()
+            .filter_map(|s| self.held.find(s.as_str()).map(|at| (at + s.len(), at)));
+        if let Some((_, at)) = found.min() {
             self.held.truncate(at);
             return (std::mem::take(&mut self.held), true);
         }
@@ -53,7 +58,8 @@ mod tests {
             stops in prop::collection::vec("[abé]{0,3}", 0..3),
         ) {
             let whole = pieces.concat();
-            let cut = stops.iter().filter(|s| !s.is_empty()).filter_map(|s| whole.find(s.as_str())).min();
+            let cuts = stops.iter().filter(|s| !s.is_empty()).filter_map(|s| whole.find(s.as_str()).map(|at| (at + s.len(), at)));
+            let cut = cuts.min().map(|(_, at)| at);
             let mut filter = StopFilter::new(stops);
             let (mut shown, mut stopped) = (String::new(), false);
             for piece in &pieces {

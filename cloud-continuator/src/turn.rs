@@ -1,5 +1,7 @@
 //! One turn at the continuator, as a pure state machine: events in, effects out; no clock, no socket.
 
+use std::time::Duration;
+
 use segue_shared::{
     proto::{self, CloudFrame, DirectiveReason, TurnError},
     reply_log::{Correction, Surface},
@@ -16,6 +18,9 @@ use crate::{
 
 /// Longest opener or resumed reply text, in bytes; far more than an opener ever has.
 const OPENER_BYTES: usize = 16 << 10;
+
+/// How long an overloaded continuator should be left alone where nothing better is known.
+pub const RETRY_AFTER: Duration = Duration::from_millis(500);
 
 /// What verifying and correcting depend on.
 #[derive(Clone, Copy, Debug, Default)]
@@ -51,6 +56,8 @@ pub enum Incoming {
     Refused(u32, usize),
     /// The backend's news.
     Backend(Event),
+    /// The backend failed, or was late, and another one has opened the turn.
+    Moved,
 }
 
 /// What is to be done about it.
@@ -74,6 +81,8 @@ pub enum Effect {
         message: String,
         /// Whether another try may help.
         retryable: bool,
+        /// After how long, where that is known.
+        retry_after: Option<Duration>,
     },
 }
 
@@ -118,6 +127,14 @@ pub struct Turn {
     seam: Seam,
     spoke: bool,
     usage: Usage,
+    /// What backends before the present one took.
+    before: Usage,
+    /// The reply text that the seam joins the continuation to.
+    joined_to: String,
+    /// What the model has been asked to continue, and then has been heard to say.
+    model_text: String,
+    /// The model has said something since it was asked.
+    went_on: bool,
     failed: bool,
     /// The generation that was asked for last, counted from 0 within the backend's turn, and what was asked.
     asked: Option<(u32, Input)>,
@@ -145,6 +162,10 @@ impl Turn {
             seam: Seam::new(""),
             spoke: false,
             usage: Usage::default(),
+            before: Usage::default(),
+            joined_to: String::new(),
+            model_text: String::new(),
+            went_on: false,
             failed: false,
             asked: None,
         }
@@ -176,6 +197,7 @@ impl Turn {
             }
             Incoming::Refused(revision, heard) => self.refused(revision, heard),
             Incoming::Backend(event) => self.backend(event),
+            Incoming::Moved => self.moved(),
         };
         if effects.iter().any(|effect| matches!(effect, Effect::Fail { .. })) {
             self.state = State::Ended;
@@ -213,16 +235,49 @@ impl Turn {
         self.state = State::Verifying;
         let judged = !resumed && self.judgement.policy.verify && words::count(&self.opener) > 0;
         self.verifier = judged.then(|| self.judgement.verifier.verifier(self.judgement.thresholds));
-        let opener = self.opener.trim_end();
-        let question = self
-            .verifier
-            .as_ref()
-            .map_or_else(|| Input::Commit(opener.to_owned()), |v| v.question(opener));
+        let question = self.question();
         vec![Effect::Mark(Mark::Committed), self.ask(question)]
     }
 
+    fn question(&self) -> Input {
+        let opener = self.opener.trim_end();
+        self.verifier
+            .as_ref()
+            .map_or_else(|| Input::Commit(opener.to_owned()), |v| v.question(opener))
+    }
+
+    /// Puts what the turn waits for to another backend, whose generations are counted anew.
+    fn moved(&mut self) -> Vec<Effect> {
+        self.before = Usage {
+            wasted: self.usage.wasted,
+            generated: self.usage.generated,
+            ..Usage::default()
+        };
+        self.asked = None;
+        let input = match self.state {
+            State::Ended => return Vec::new(),
+            State::Opening if self.opener.is_empty() => return Vec::new(),
+            State::Opening => Input::Opener(self.opener.trim_end().to_owned()),
+            State::Verifying => {
+                if self.verifier.is_some() {
+                    self.verifier = Some(self.judgement.verifier.verifier(self.judgement.thresholds));
+                }
+                self.question()
+            }
+            State::Generating if self.went_on => {
+                self.seam = Seam::within();
+                Input::Resume(self.model_text.clone())
+            }
+            State::Generating => {
+                self.seam = Seam::new(&self.joined_to);
+                Input::Generate(self.model_text.clone())
+            }
+        };
+        vec![self.ask(input)]
+    }
+
     fn backend(&mut self, event: Event) -> Vec<Effect> {
-        match (event, &self.state) {
+        match (self.counted(event), &self.state) {
             (_, State::Ended) => Vec::new(),
             (Event::Prefilled, _) => vec![Effect::Mark(Mark::Prefilled)],
             (Event::Scored(scores), State::Verifying) => self.answer(Answer::Scores(&scores)),
@@ -239,7 +294,7 @@ impl Turn {
             (Event::Text(text, usage), State::Generating) => {
                 self.usage = usage;
                 let text = self.seam.push(&text);
-                self.say(text)
+                self.go_on(text)
             }
             (Event::Done(finish, usage), State::Verifying | State::Generating) => {
                 self.usage = usage;
@@ -256,13 +311,27 @@ impl Turn {
                     return effects;
                 }
                 let rest = self.seam.finish();
-                effects.extend(self.say(rest));
+                effects.extend(self.go_on(rest));
                 self.state = State::Ended;
                 effects.push(Effect::End(finish, usage));
                 effects
             }
             (Event::Failed(failure), _) => vec![failed(&failure)],
             (Event::Scored(_) | Event::Text(..) | Event::Done(..), _) => Vec::new(),
+        }
+    }
+
+    /// Adds what earlier backends took to what an event says.
+    fn counted(&self, event: Event) -> Event {
+        let sum = |usage: Usage| Usage {
+            generated: usage.generated + self.before.generated,
+            wasted: usage.wasted + self.before.wasted,
+            ..usage
+        };
+        match event {
+            Event::Text(text, usage) => Event::Text(text, sum(usage)),
+            Event::Done(finish, usage) => Event::Done(finish, sum(usage)),
+            other => other,
         }
     }
 
@@ -275,7 +344,7 @@ impl Turn {
 
     /// Asks the backend, and remembers which generation its answer belongs to.
     fn ask(&mut self, input: Input) -> Effect {
-        if matches!(input, Input::Judge(_) | Input::Generate(_)) {
+        if matches!(input, Input::Judge(_) | Input::Generate(_) | Input::Resume(_)) {
             let generation = self.asked.as_ref().map_or(0, |(generation, _)| generation + 1);
             self.asked = Some((generation, input.clone()));
         }
@@ -323,7 +392,7 @@ impl Turn {
             // The judge went on as it decided, and that is what is done: its text is the continuation.
             Some((control, text)) if went_on(control, correction) => {
                 let text = self.seam.push(&text);
-                effects.extend(self.say(text));
+                effects.extend(self.go_on(text));
             }
             _ => effects.push(self.ask(input)),
         }
@@ -374,7 +443,10 @@ impl Turn {
     fn generate(&mut self, reply: &str, model_sees: &str) -> Input {
         self.state = State::Generating;
         self.seam = Seam::new(reply);
-        Input::Generate(model_sees.trim_end().to_owned())
+        self.joined_to = reply.to_owned();
+        self.model_text = model_sees.trim_end().to_owned();
+        self.went_on = false;
+        Input::Generate(self.model_text.clone())
     }
 
     fn refused(&mut self, revision: u32, heard: usize) -> Vec<Effect> {
@@ -386,6 +458,13 @@ impl Turn {
         let (mut effects, input) = self.correct(Correction::Bridge, DirectiveReason::Refused);
         effects.push(if ended { self.ask_anew(input) } else { self.ask(input) });
         effects
+    }
+
+    /// Says what the model generated.
+    fn go_on(&mut self, text: String) -> Vec<Effect> {
+        self.went_on |= !text.is_empty();
+        self.model_text.push_str(&text);
+        self.say(text)
     }
 
     fn say(&mut self, text: String) -> Vec<Effect> {
@@ -423,6 +502,7 @@ fn unexpected(message: &str) -> Vec<Effect> {
         error: TurnError::UnexpectedFrame,
         message: message.into(),
         retryable: false,
+        retry_after: None,
     }]
 }
 
@@ -435,20 +515,23 @@ fn invalid(message: String) -> Vec<Effect> {
         error: TurnError::InvalidArgument,
         message,
         retryable: false,
+        retry_after: None,
     }]
 }
 
 /// How a backend's failure is told to the edge.
 pub fn failed(failure: &Failure) -> Effect {
-    let (error, retryable) = match failure {
-        Failure::ContextTooSmall { .. } => (TurnError::ContextTooSmall, false),
-        Failure::Overloaded => (TurnError::Overloaded, true),
-        Failure::Model(_) => (TurnError::Backend, true),
+    let (error, retry_after) = match failure {
+        Failure::ContextTooSmall { .. } => (TurnError::ContextTooSmall, None),
+        Failure::Overloaded { retry_after } => (TurnError::Overloaded, Some(retry_after.unwrap_or(RETRY_AFTER))),
+        Failure::Unavailable(time) => (TurnError::Backend, Some(*time)),
+        _ => (TurnError::Backend, None),
     };
     Effect::Fail {
         error,
         message: failure.to_string(),
-        retryable,
+        retryable: failure.retryable(),
+        retry_after,
     }
 }
 

@@ -196,7 +196,12 @@ fn broken_frames_fail_the_turn_once() {
     let mut twice = turn(Surface::Revisable);
     commit(&mut twice, "a b");
     assert!(fails(&commit(&mut twice, "a b")));
-    assert_eq!(twice.on(Incoming::Backend(Event::Failed(Failure::Overloaded))), []);
+    assert_eq!(
+        twice.on(Incoming::Backend(Event::Failed(Failure::Overloaded {
+            retry_after: None
+        }))),
+        []
+    );
 }
 
 #[derive(Clone, Debug)]

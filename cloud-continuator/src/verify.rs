@@ -37,20 +37,33 @@ pub struct Judged {
 }
 
 /// Which verifier to use.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Deserialize, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Kind {
-    /// By the large model's log-probabilities of the opener's words; costs nothing, as they are read anyway.
+    /// `likelihood` where the backend scores openers (the embedded engine does), else `judge`.
     #[default]
+    Auto,
+    /// By the large model's log-probabilities of the opener's words; costs nothing, as they are read anyway. Openers are accepted where
+    /// the backend does not score them.
     Likelihood,
     /// By asking the large model for a control line; for models that follow instructions well.
     Judge,
 }
 
 impl Kind {
+    /// What it means for a backend that scores openers, or does not.
+    pub fn for_backend(self, scores: bool) -> Self {
+        match (self, scores) {
+            (Kind::Auto, true) => Kind::Likelihood,
+            (Kind::Auto, false) => Kind::Judge,
+            (chosen, _) => chosen,
+        }
+    }
+
     /// A verifier of this kind.
     pub fn verifier(self, thresholds: Thresholds) -> Box<dyn Verifier> {
         match self {
-            Kind::Likelihood => Box::new(Likelihood(thresholds)),
+            Kind::Auto | Kind::Likelihood => Box::new(Likelihood(thresholds)),
             Kind::Judge => Box::new(Judge::default()),
         }
     }

@@ -50,6 +50,16 @@ impl Seam {
         }
     }
 
+    /// A seam inside a continuation that another model goes on with: text that follows byte by byte is left as it is. (What came
+    /// before never ends with white space, for a seam holds that back.)
+    pub fn within() -> Self {
+        Self {
+            prefix: String::new(),
+            held: String::new(),
+            decided: true,
+        }
+    }
+
     /// Takes the next piece of the continuation and returns what can be shown; the pieces may be cut anywhere between characters.
     pub fn push(&mut self, piece: &str) -> String {
         self.held.push_str(piece);

@@ -36,14 +36,12 @@ pub struct Setting {
 /// # Panics
 /// When it cannot be loaded.
 pub fn backend() -> Arc<dyn Backend> {
+    let model = root().join(cloud_continuator::config::DEFAULT_MODEL);
     let options = embedded::Options {
-        model: root().join(cloud_continuator::cli::DEFAULT_MODEL),
-        layout: None,
         context: 2048,
         slots: 2,
         waiting: 4,
-        threads: None,
-        gpu_layers: 0,
+        ..embedded::Options::new(model)
     };
     Arc::new(embedded::Embedded::load(options).unwrap_or_else(|error| panic!("{error}")))
 }

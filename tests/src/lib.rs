@@ -2,6 +2,8 @@
 
 pub mod edge;
 pub mod golden;
+pub mod llama_server;
 pub mod metrics;
 pub mod peer;
 pub mod programs;
+pub mod upstream;

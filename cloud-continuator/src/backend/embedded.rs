@@ -1,6 +1,7 @@
 //! The embedded backend: llama.cpp on a thread of its own, GGUF weights.
 
 mod engine;
+mod pace;
 mod sequence;
 
 use std::{
@@ -8,10 +9,12 @@ use std::{
     io::Read,
     num::NonZeroU32,
     path::{Path, PathBuf},
+    pin::Pin,
     sync::{
         atomic::{AtomicU64, Ordering},
         mpsc::{self, SyncSender, TrySendError},
     },
+    thread::JoinHandle,
 };
 
 use llama_cpp_2::{
@@ -22,6 +25,7 @@ use llama_cpp_2::{
     send_logs_to_tracing,
 };
 use thiserror::Error;
+use tokio_stream::wrappers::ReceiverStream;
 
 use self::engine::{BATCH, Command, Engine};
 use super::{Backend, Event, Failure, Info, Request, Turn};
@@ -39,6 +43,8 @@ pub struct Options {
     pub model: PathBuf,
     /// Prompt layout; `None` chooses by the model.
     pub layout: Option<Layout>,
+    /// What the model is told first; `None`: the layout's own.
+    pub system_prompt: Option<String>,
     /// KV cells for all turns together, in tokens.
     pub context: u32,
     /// Turns that run at a time.
@@ -49,6 +55,25 @@ pub struct Options {
     pub threads: Option<usize>,
     /// Layers to offload to a GPU, where the build supports one.
     pub gpu_layers: u32,
+    /// How much longer a step may take for reading prompts while others generate, as a share of the step.
+    pub prefill_share: f32,
+}
+
+impl Options {
+    /// The defaults, for a model.
+    pub fn new(model: PathBuf) -> Self {
+        Self {
+            model,
+            layout: None,
+            system_prompt: None,
+            context: 8192,
+            slots: 16,
+            waiting: 64,
+            threads: None,
+            gpu_layers: 0,
+            prefill_share: 0.3,
+        }
+    }
 }
 
 /// Why a model cannot be served.
@@ -76,6 +101,7 @@ pub struct Embedded {
     info: Info,
     commands: SyncSender<Command>,
     next: AtomicU64,
+    thread: JoinHandle<()>,
 }
 
 impl Embedded {
@@ -88,7 +114,7 @@ impl Embedded {
         let (commands, queue) = mpsc::sync_channel(WAITING_COMMANDS);
         let (loaded, result) = mpsc::channel();
         let settings = |e: String| LoadError::Settings(e);
-        std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name("llama".into())
             .spawn(move || {
                 // Model and context borrow from each other: they live on this thread's stack.
@@ -105,8 +131,7 @@ impl Embedded {
                     let context = model
                         .new_context(&backend, context_params(&options))
                         .map_err(|e| refused(format!("no context of {} tokens ({e})", options.context)))?;
-                    let engine = Engine::new(&model, context, layout, options.slots as usize, options.waiting)
-                        .map_err(settings)?;
+                    let engine = Engine::new(&model, context, layout, &options).map_err(settings)?;
                     tracing::info!(
                         parameters = model.n_params(),
                         ?layout,
@@ -129,9 +154,11 @@ impl Embedded {
             info: Info {
                 model,
                 provider: "llama_cpp",
+                scores: true,
             },
             commands,
             next: AtomicU64::new(1),
+            thread,
         })
     }
 }
@@ -145,8 +172,8 @@ impl Backend for Embedded {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (events, receiver) = tokio::sync::mpsc::channel::<Event>(WAITING_EVENTS);
         let refused = |error: TrySendError<Command>| match error {
-            TrySendError::Full(_) => Failure::Overloaded,
-            TrySendError::Disconnected(_) => Failure::Model("the engine stopped".into()),
+            TrySendError::Full(_) => Failure::Overloaded { retry_after: None },
+            TrySendError::Disconnected(_) => stopped(),
         };
         self.commands
             .try_send(Command::Open(id, Box::new(request), events))
@@ -154,9 +181,22 @@ impl Backend for Embedded {
         let commands = self.commands.clone();
         Ok(Turn::new(
             move |input| commands.try_send(Command::Input(id, input)).map_err(refused),
-            receiver,
+            ReceiverStream::new(receiver),
         ))
     }
+
+    fn check(&self) -> Pin<Box<dyn Future<Output = Result<(), Failure>> + Send + '_>> {
+        let result = if self.thread.is_finished() {
+            Err(stopped())
+        } else {
+            Ok(())
+        };
+        Box::pin(std::future::ready(result))
+    }
+}
+
+fn stopped() -> Failure {
+    Failure::Model("the engine stopped".into())
 }
 
 fn context_params(options: &Options) -> LlamaContextParams {

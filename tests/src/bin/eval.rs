@@ -29,7 +29,7 @@ use serde_json::{Value, json};
 #[derive(Parser)]
 struct Options {
     /// Large model to evaluate with.
-    #[arg(long, default_value = cloud_continuator::cli::DEFAULT_MODEL)]
+    #[arg(long, default_value = cloud_continuator::config::DEFAULT_MODEL)]
     model: PathBuf,
     /// Seed of the script that makes wrong openers.
     #[arg(long, default_value_t = 1)]
@@ -73,13 +73,10 @@ async fn main() {
         .filter(|l| !l.is_empty() && !l.starts_with(['#', '[']))
         .collect();
     let backend = embedded::Embedded::load(embedded::Options {
-        model: root().join(&options.model),
-        layout: None,
         context: 4096,
         slots: 4,
         waiting: 16,
-        threads: None,
-        gpu_layers: 0,
+        ..embedded::Options::new(root().join(&options.model))
     })
     .unwrap_or_else(|error| panic!("{error}"));
     let backend: Arc<dyn Backend> = Arc::new(backend);

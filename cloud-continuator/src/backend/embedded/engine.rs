@@ -1,6 +1,6 @@
 //! The engine's thread: continuous batching over all turns.
 //!
-//! Every step decodes one token for each turn that generates, plus a bounded chunk of what others still have to read, in one batch. All
+//! Every step decodes one token for each turn that generates, plus as much of what others still have to read as [`Pace`] allows, in one batch. All
 //! sequences share one pool of KV cells; the prompt's shared head is read once and copied (which copies no data), and a finished turn's
 //! sequence stays as a cache for the conversation's next turn until its cells are needed.
 
@@ -10,7 +10,7 @@ mod sampling;
 use std::{
     collections::VecDeque,
     sync::mpsc::{Receiver, RecvTimeoutError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use llama_cpp_2::{
@@ -20,15 +20,17 @@ use llama_cpp_2::{
 use tokio::sync::mpsc;
 
 use self::sampling::{choose, sampler, take_characters};
-use super::sequence::{Sequence, Token};
+use super::{
+    Options,
+    pace::Pace,
+    sequence::{Sequence, Token},
+};
 use crate::{
     backend::{Event, Failure, Finish, Input, Message, Parameters, Request, Usage},
     layout::Layout,
     stop::StopFilter,
 };
 
-/// Tokens that may be read in a step in which others generate: keeps their pace.
-const CHUNK_AMONG_OTHERS: usize = 32;
 /// Tokens of one batch at most.
 pub const BATCH: usize = 512;
 /// Room for an opener that is not known yet, in tokens.
@@ -100,6 +102,7 @@ pub struct Engine<'m> {
     model: &'m LlamaModel,
     context: LlamaContext<'m>,
     layout: Layout,
+    system_prompt: Option<&'m str>,
     batch: LlamaBatch<'static>,
     slots: Vec<Slot>,
     waiting: VecDeque<Waiting>,
@@ -108,6 +111,7 @@ pub struct Engine<'m> {
     /// Tokens of the shared head, in sequence 0.
     head: Vec<Token>,
     step: u64,
+    pace: Pace,
 }
 
 impl<'m> Engine<'m> {
@@ -116,8 +120,7 @@ impl<'m> Engine<'m> {
         model: &'m LlamaModel,
         context: LlamaContext<'m>,
         layout: Layout,
-        slots: usize,
-        most_waiting: usize,
+        options: &'m Options,
     ) -> Result<Self, String> {
         let cells = context.n_ctx() as usize;
         let mut engine = Self {
@@ -125,12 +128,16 @@ impl<'m> Engine<'m> {
             context,
             layout,
             batch: LlamaBatch::new(BATCH, 1),
-            slots: std::iter::repeat_with(Slot::default).take(slots).collect(),
+            system_prompt: options.system_prompt.as_deref(),
+            slots: std::iter::repeat_with(Slot::default)
+                .take(options.slots as usize)
+                .collect(),
             waiting: VecDeque::new(),
-            most_waiting,
+            most_waiting: options.waiting,
             cells,
             head: Vec::new(),
             step: 0,
+            pace: Pace::new(options.prefill_share, options.slots as usize),
         };
         // What the prompts of two conversations have in common is the head of all.
         let [one, other] = ["a", "The"].map(|text| engine.prompt(&[], text));
@@ -218,7 +225,7 @@ impl<'m> Engine<'m> {
                             },
                         );
                     } else if self.waiting.len() >= self.most_waiting {
-                        fail(&events, Failure::Overloaded);
+                        fail(&events, Failure::Overloaded { retry_after: None });
                     } else {
                         self.waiting.push_back(Waiting {
                             id,
@@ -256,7 +263,7 @@ impl<'m> Engine<'m> {
             }
             Input::Opener(text) => (text, Phase::Reading),
             Input::Commit(text) => (text, Phase::Committed),
-            Input::Generate(text) => (text, Phase::Generating),
+            Input::Generate(text) | Input::Resume(text) => (text, Phase::Generating),
             Input::Judge(text) => return self.judge(n, &text),
         };
         let reply = self.reply(&text);
@@ -315,7 +322,7 @@ impl<'m> Engine<'m> {
             let failure = if needed > available {
                 Failure::ContextTooSmall { needed, available }
             } else {
-                Failure::Overloaded
+                Failure::Overloaded { retry_after: None }
             };
             return self.end(n, Event::Failed(failure));
         }
@@ -339,19 +346,22 @@ impl<'m> Engine<'m> {
                 .as_ref()
                 .is_some_and(|a| a.phase == Phase::Generating && a.usage.generated > 0)
         };
-        let mut budget = if self.slots.iter().any(generating) {
-            CHUNK_AMONG_OTHERS
-        } else {
-            BATCH
-        };
-        // Running turns first, then readers by turns.
+        let running = self.slots.iter().filter(|slot| generating(slot)).count();
+        let mut budget = if running > 0 { self.pace.budget() } else { BATCH };
+        // Running turns first, then readers by turns, of these first the ones whose openers are committed.
+        let speaks = |slot: &Slot| slot.active.as_ref().is_some_and(|a| a.phase != Phase::Reading);
         let mut order: Vec<usize> = (0..self.slots.len())
             .filter(|n| self.slots[*n].active.is_some())
             .collect();
-        order.sort_by_key(|n| (!generating(&self.slots[*n]), self.slots[*n].used));
+        order.sort_by_key(|n| {
+            let slot = &self.slots[*n];
+            (!generating(slot), !speaks(slot), slot.used)
+        });
+        let (mut decoding, mut readers) = (0, 0);
         for n in order {
             let slot = &self.slots[n];
             let (from, at) = (slot.sequence.cached().len(), self.batch.n_tokens() as usize);
+            readers += usize::from(!generating(slot) && !slot.sequence.pending().is_empty());
             let most = if generating(slot) { 1 } else { budget };
             let count = slot.sequence.pending().len().min(most).min(BATCH - at);
             for (m, token) in slot.sequence.pending()[..count].iter().enumerate() {
@@ -363,7 +373,9 @@ impl<'m> Engine<'m> {
             }
             if count > 0 {
                 parts.push((n, from, count, at));
-                if !generating(slot) {
+                if generating(slot) {
+                    decoding += 1;
+                } else {
                     budget -= count;
                 }
             }
@@ -372,6 +384,8 @@ impl<'m> Engine<'m> {
             return;
         }
         self.step += 1;
+        let tokens = self.batch.n_tokens() as usize;
+        let started = Instant::now();
         if let Err(error) = self.decode() {
             for (n, ..) in parts {
                 self.clear(n);
@@ -390,6 +404,8 @@ impl<'m> Engine<'m> {
                 }
             }
         }
+        let seconds = started.elapsed().as_secs_f64();
+        self.pace.step(decoding, tokens - decoding, readers, seconds);
     }
 
     fn decode(&mut self) -> Result<(), DecodeError> {
@@ -469,7 +485,7 @@ impl<'m> Engine<'m> {
 
     fn prompt(&self, history: &[Message], user_text: &str) -> Result<Vec<Token>, String> {
         let render = |messages: &[(&str, String)]| super::render(self.model, messages);
-        let parts = self.layout.prompt(history, user_text, &render)?;
+        let parts = self.layout.prompt(self.system_prompt, history, user_text, &render)?;
         let vocab = self.model.vocab();
         let tokens = parts
             .iter()

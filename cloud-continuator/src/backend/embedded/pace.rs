@@ -1,0 +1,169 @@
+//! How many prompt tokens a step may read while other turns generate: pure, fed with measurements.
+
+/// Prompt tokens that may be saved up, and read in one step, after a while without any: a short question is read at once.
+const BURST: f64 = 32.0;
+/// Weight of a new measurement.
+const WEIGHT: f64 = 0.2;
+/// A measurement counts at most as this many times what was known: a machine that was busy elsewhere says nothing about the model.
+const OUTLIER: f64 = 4.0;
+
+/// Shares the steps' time between generating and reading, like a token bucket that fills with time.
+///
+/// Every step in which turns generate earns `share` of its own time for reading, and reading spends what it took. So the time between
+/// two tokens of a running turn grows by `share` at most while a long prompt is read, and a short one finds a full bucket.
+#[derive(Clone, Debug)]
+pub struct Pace {
+    share: f64,
+    /// Seconds of a step that only generates, by the number of generating turns; 0: not known.
+    steps: Vec<f64>,
+    /// Seconds that one prompt token adds to a step; 0: not known.
+    token: f64,
+    /// Seconds that may be spent on reading.
+    credit: f64,
+}
+
+impl Pace {
+    /// For at most `turns` turns; reading may add `share` of a step's time.
+    pub fn new(share: f32, turns: usize) -> Self {
+        Self {
+            share: f64::from(share),
+            steps: vec![0.0; turns + 1],
+            token: 0.0,
+            credit: 0.0,
+        }
+    }
+
+    /// Prompt tokens that the next step may read.
+    pub fn budget(&self) -> usize {
+        if self.token == 0.0 || self.steps.iter().all(|s| *s == 0.0) {
+            return BURST as usize; // nothing is known yet
+        }
+        (self.credit / self.token).max(0.0) as usize
+    }
+
+    /// A step took `seconds`: `generating` turns got a token each, and `read` prompt tokens were read for some of `readers` turns.
+    pub fn step(&mut self, generating: usize, read: usize, readers: usize, seconds: f64) {
+        if generating == 0 {
+            learn(&mut self.token, seconds / read.max(1) as f64);
+            self.credit = BURST * self.token;
+            return;
+        }
+        if read == 0 {
+            learn(&mut self.steps[generating], seconds);
+        }
+        let alone = self.alone(generating).unwrap_or(seconds);
+        if read > 0 {
+            learn(&mut self.token, ((seconds - alone) / read as f64).max(alone * 0.01));
+            // What it took, within what it can have been.
+            let usual = read as f64 * self.token;
+            self.credit -= (seconds - alone).clamp(0.5 * usual, OUTLIER * usual);
+        }
+        // Where more turns wait to be read than generate, they weigh more.
+        let crowd = (readers as f64 / generating as f64).max(1.0);
+        self.credit = (self.credit + self.share * crowd * alone).min(BURST * self.token);
+    }
+
+    /// Seconds of a step in which only `generating` turns get a token; from the nearest number that is known.
+    fn alone(&self, generating: usize) -> Option<f64> {
+        let known = self.steps.iter().enumerate().filter(|(_, seconds)| **seconds > 0.0);
+        known
+            .min_by_key(|(n, _)| n.abs_diff(generating))
+            .map(|(_, seconds)| *seconds)
+    }
+}
+
+fn learn(value: &mut f64, seen: f64) {
+    if *value == 0.0 {
+        *value = seen;
+    } else {
+        *value += WEIGHT * (seen.min(OUTLIER * *value) - *value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A machine that takes `base` for a step, and `more` for every further token in it.
+    fn seconds(base: f64, more: f64, tokens: usize) -> f64 {
+        base + more * tokens as f64
+    }
+
+    /// Reads a prompt of `prompt` tokens among `generating` turns; returns the mean growth of the steps' time and their number.
+    fn read(pace: &mut Pace, generating: usize, prompt: usize, base: f64, more: f64) -> (f64, usize) {
+        let alone = seconds(base, more, generating);
+        let (mut left, mut steps, mut total) = (prompt, 0, 0.0);
+        while left > 0 && steps < 1_000_000 {
+            let n = pace.budget().min(left);
+            left -= n;
+            let took = seconds(base, more, generating + n);
+            pace.step(generating, n, 1, took);
+            (steps, total) = (steps + 1, total + took);
+        }
+        (total / (alone * steps as f64) - 1.0, steps)
+    }
+
+    proptest! {
+        #[test]
+        fn a_long_prompt_stays_within_its_share(
+            generating in 1..32usize, base in 0.001..0.02f64, more in 0.0005..0.01f64, share in 0.1..2.0f32,
+        ) {
+            let mut pace = Pace::new(share, 32);
+            for _ in 0..50 {
+                pace.step(generating, 0, 0, seconds(base, more, generating));
+            }
+            // Once it has learned what a token costs.
+            read(&mut pace, generating, 200, base, more);
+            let (growth, steps) = read(&mut pace, generating, 2000, base, more);
+            prop_assert!(steps < 1_000_000, "it gets on");
+            prop_assert!(growth <= f64::from(share) * 1.1 + 0.02, "{growth} > {share}");
+            // (Where a whole burst costs less than the share, the burst is the limit.)
+            let most = f64::from(share).min(BURST * more / seconds(base, more, generating));
+            prop_assert!(growth >= most * 0.5, "the share is used: {growth} < {most}");
+        }
+    }
+
+    #[test]
+    fn a_short_question_is_read_at_once_after_a_while() {
+        let mut pace = Pace::new(0.3, 4);
+        pace.step(0, 100, 1, 0.4);
+        for _ in 0..200 {
+            pace.step(2, 0, 0, 0.01);
+        }
+        assert_eq!(pace.budget(), 32);
+    }
+
+    #[test]
+    fn readers_that_outnumber_the_generating_weigh_more() {
+        let steps = |readers: usize| {
+            let mut pace = Pace::new(0.3, 64);
+            pace.step(0, 100, 1, 0.4);
+            pace.step(1, 0, 0, 0.01);
+            let mut read = 0;
+            for _ in 0..1000 {
+                let n = pace.budget().min(64);
+                read += n;
+                pace.step(1, n, readers, 0.01 + 0.004 * n as f64);
+            }
+            read
+        };
+        assert!(steps(16) > 5 * steps(1), "{} {}", steps(16), steps(1));
+    }
+
+    #[test]
+    fn one_slow_step_does_not_stop_reading_for_long() {
+        let mut pace = Pace::new(0.3, 4);
+        pace.step(0, 100, 1, 0.4);
+        pace.step(1, 0, 0, 0.01);
+        pace.step(1, 1, 1, 0.014);
+        pace.step(1, 1, 1, 5.0); // somebody else had the machine
+        let waits = (0..).take_while(|_| {
+            let waits = pace.budget() == 0;
+            pace.step(1, 0, 1, 0.01);
+            waits
+        });
+        assert!(waits.count() < 20);
+    }
+}

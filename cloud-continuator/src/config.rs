@@ -1,0 +1,564 @@
+//! The settings: what the file, the environment and the flags (in rising order) say together. `deploy/continuator.toml` shows them all.
+
+use std::{collections::HashSet, net::SocketAddr, path::Path, path::PathBuf, time::Duration};
+
+use segue_shared::proto::Tone;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use thiserror::Error;
+
+use crate::{
+    backend::{
+        embedded,
+        openai::{self, Mode, Secret, body::Style},
+    },
+    layout::Layout,
+    policy, session,
+    turn::Judgement,
+    verify::{self, Thresholds},
+};
+
+/// The default large model, which `make setup` brings.
+pub const DEFAULT_MODEL: &str = ".segue/models/SmolLM2-135M-Instruct.Q4_1.gguf";
+
+/// Everything that can be set.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Settings {
+    /// Address and port to listen on.
+    pub listen: SocketAddr,
+    /// What the model is told first; without one, each layout has its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub system_prompt: Option<String>,
+    /// Ask the next backend as well when the first token takes longer than this.
+    #[serde(with = "humantime_serde", skip_serializing_if = "Option::is_none")]
+    pub hedge_after: Option<Duration>,
+    /// How openers are judged and corrected.
+    pub directives: Directives,
+    /// What edges may ask for.
+    pub limits: Limits,
+    /// The backends, best first; empty stands for the embedded engine with its defaults.
+    pub backend: Vec<Backend>,
+}
+
+/// How openers are judged and corrected.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Directives {
+    /// Judge openers at all.
+    pub verify: bool,
+    /// Who judges.
+    pub verifier: verify::Kind,
+    /// Directives that may be used besides `bridge`.
+    pub allowed: Vec<Allowed>,
+    /// Manner of bridges, where the edge has no wish.
+    pub tone: ToneName,
+    /// Log-probability below which a word is wrong.
+    pub word_threshold: f32,
+    /// Mean log-probability below which an opener is wrong.
+    pub mean_threshold: f32,
+}
+
+/// Directives that can be switched off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Allowed {
+    /// Only `bridge`.
+    Bridge,
+    /// Replace the tail of an opener.
+    Revise,
+    /// Drop an opener.
+    Restart,
+}
+
+/// Manner of a bridge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ToneName {
+    /// Matter-of-fact.
+    Neutral,
+    /// With a short apology.
+    Apologetic,
+    /// Light-hearted.
+    Playful,
+}
+
+/// What edges may ask for.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// Largest frame, in bytes.
+    pub frame_bytes: usize,
+    /// Largest user text, in bytes.
+    pub user_text_bytes: usize,
+    /// Largest history, in bytes of text.
+    pub history_bytes: usize,
+    /// Turns at a time on one stream.
+    pub turns_per_stream: usize,
+    /// Most tokens of a continuation.
+    pub tokens: u32,
+    /// Time for the first frame.
+    #[serde(with = "humantime_serde")]
+    pub first_frame: Duration,
+    /// Longest time without a frame or a running turn.
+    #[serde(with = "humantime_serde")]
+    pub idle: Duration,
+    /// Longest life of a stream.
+    #[serde(with = "humantime_serde")]
+    pub lifetime: Duration,
+    /// Longest time for a turn.
+    #[serde(with = "humantime_serde")]
+    pub turn: Duration,
+    /// How long running turns may take once the continuator was told to stop.
+    #[serde(with = "humantime_serde")]
+    pub drain: Duration,
+}
+
+/// One backend.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum Backend {
+    /// llama.cpp in this process.
+    Embedded(Embedded),
+    /// A server.
+    OpenAi(OpenAi),
+}
+
+/// llama.cpp in this process.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Embedded {
+    /// Its name in logs and metrics.
+    pub name: String,
+    /// A GGUF file, or `hf:OWNER/REPO/FILE.gguf`.
+    pub model: String,
+    /// How the conversation is put to the model.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layout: Option<Layout>,
+    /// KV cells for all turns together, in tokens.
+    pub context: u32,
+    /// Turns that run at a time.
+    pub slots: u32,
+    /// Turns that may wait for a place.
+    pub waiting: usize,
+    /// Threads; without, one per core.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threads: Option<u16>,
+    /// Layers to put on a GPU.
+    pub gpu_layers: u32,
+    /// How much longer a step may take for reading prompts while others generate, as a share of the step.
+    pub prefill_share: f32,
+}
+
+/// A server that speaks OpenAI's chat completions.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct OpenAi {
+    /// Its name in logs and metrics.
+    pub name: String,
+    /// Address of the API, with the version.
+    pub base_url: String,
+    /// The model's name there.
+    pub model: String,
+    /// How it is asked to continue a reply.
+    pub mode: Mode,
+    /// How it is told to continue the last message.
+    pub prefill_style: Style,
+    /// A file with the API key.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_key_file: Option<PathBuf>,
+    /// A variable with the API key.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_key_env: Option<String>,
+    /// Have the conversation read as soon as a turn begins.
+    pub warm_up: bool,
+    /// Limit of the time to connect.
+    #[serde(with = "humantime_serde")]
+    pub connect_timeout: Duration,
+    /// Limit of the time to the first event of an answer.
+    #[serde(with = "humantime_serde")]
+    pub first_token_timeout: Duration,
+    /// Limit of the time between two events.
+    #[serde(with = "humantime_serde")]
+    pub stall_timeout: Duration,
+    /// Proxy, in place of what the environment names.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proxy: Option<String>,
+    /// Certificates (PEM) of further authorities to trust.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
+    /// Name of the field for the most tokens.
+    pub max_tokens_field: String,
+    /// Fields to leave out of requests.
+    pub omit: Vec<String>,
+    /// Fields to add to requests.
+    pub extra_body: Map<String, Value>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 50051)),
+            system_prompt: None,
+            hedge_after: None,
+            directives: Directives::default(),
+            limits: Limits::default(),
+            backend: vec![Backend::Embedded(Embedded::default())],
+        }
+    }
+}
+
+impl Default for Directives {
+    fn default() -> Self {
+        let thresholds = Thresholds::default();
+        Self {
+            verify: true,
+            verifier: verify::Kind::Auto,
+            allowed: vec![Allowed::Revise, Allowed::Restart],
+            tone: ToneName::Neutral,
+            word_threshold: thresholds.word,
+            mean_threshold: thresholds.mean,
+        }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        let limits = session::Limits::default();
+        Self {
+            frame_bytes: limits.frame_bytes,
+            user_text_bytes: limits.user_text_bytes,
+            history_bytes: limits.history_bytes,
+            turns_per_stream: limits.turns,
+            tokens: limits.tokens,
+            first_frame: limits.first_frame,
+            idle: limits.idle,
+            lifetime: limits.lifetime,
+            turn: limits.turn,
+            drain: Duration::from_secs(10),
+        }
+    }
+}
+
+impl Default for Embedded {
+    fn default() -> Self {
+        let options = embedded::Options::new(DEFAULT_MODEL.into());
+        Self {
+            name: "embedded".into(),
+            model: DEFAULT_MODEL.into(),
+            layout: options.layout,
+            context: options.context,
+            slots: options.slots,
+            waiting: options.waiting,
+            threads: None,
+            gpu_layers: options.gpu_layers,
+            prefill_share: options.prefill_share,
+        }
+    }
+}
+
+impl Default for OpenAi {
+    fn default() -> Self {
+        let options = openai::Options::default();
+        Self {
+            name: "openai".into(),
+            base_url: String::new(),
+            model: String::new(),
+            mode: options.mode,
+            prefill_style: options.style,
+            api_key_file: None,
+            api_key_env: None,
+            warm_up: options.warm_up,
+            connect_timeout: options.connect,
+            first_token_timeout: options.first_token,
+            stall_timeout: options.stall,
+            proxy: None,
+            ca_file: None,
+            max_tokens_field: options.max_tokens_field,
+            omit: Vec::new(),
+            extra_body: Map::new(),
+        }
+    }
+}
+
+/// Why settings cannot be used.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("the configuration {0} cannot be read: {1}")]
+    Unreadable(String, std::io::Error),
+    /// It is no TOML, or has settings that do not exist.
+    #[error("the configuration {0}:\n{1}")]
+    Syntax(String, String),
+    /// A value cannot be, or two contradict each other.
+    #[error("{0}")]
+    Invalid(String),
+}
+
+/// A log-probability threshold.
+///
+/// # Errors
+/// What it may be.
+pub fn log_probability(value: f32) -> Result<f32, String> {
+    if (-100.0..=0.0).contains(&value) {
+        Ok(value)
+    } else {
+        Err("a log-probability threshold is a number from -100 to 0".into())
+    }
+}
+
+impl Settings {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// [`ConfigError`]
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let name = path.display().to_string();
+        let text = std::fs::read_to_string(path).map_err(|e| ConfigError::Unreadable(name.clone(), e))?;
+        toml::from_str(&text).map_err(|e| ConfigError::Syntax(name, e.to_string()))
+    }
+
+    /// Checks what the types do not.
+    ///
+    /// # Errors
+    /// [`ConfigError::Invalid`] names the setting and what it may be.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        self.faults().map_or(Ok(()), |fault| Err(ConfigError::Invalid(fault)))
+    }
+
+    fn faults(&self) -> Option<String> {
+        let d = &self.directives;
+        for (name, value) in [
+            ("word_threshold", d.word_threshold),
+            ("mean_threshold", d.mean_threshold),
+        ] {
+            if let Err(fault) = log_probability(value) {
+                return Some(format!("directives.{name} is {value}: {fault}"));
+            }
+        }
+        let l = &self.limits;
+        let numbers = [
+            ("frame_bytes", l.frame_bytes),
+            ("user_text_bytes", l.user_text_bytes),
+            ("turns_per_stream", l.turns_per_stream),
+            ("tokens", l.tokens as usize),
+        ];
+        let times = [
+            ("first_frame", l.first_frame),
+            ("idle", l.idle),
+            ("lifetime", l.lifetime),
+            ("turn", l.turn),
+        ];
+        let zero = numbers.iter().filter(|n| n.1 == 0).map(|n| n.0);
+        let no_time = times.iter().filter(|t| t.1.is_zero()).map(|t| t.0);
+        if let Some(name) = zero.chain(no_time).next() {
+            return Some(format!("limits.{name} is 0: nothing could ever be served"));
+        }
+        if l.frame_bytes < l.user_text_bytes.saturating_add(l.history_bytes) {
+            return Some(format!(
+                "limits.frame_bytes ({}) is smaller than user_text_bytes and history_bytes together ({}): raise it, or lower them",
+                l.frame_bytes,
+                l.user_text_bytes.saturating_add(l.history_bytes)
+            ));
+        }
+        self.backend_faults()
+    }
+
+    fn backend_faults(&self) -> Option<String> {
+        let mut names = HashSet::new();
+        let mut embedded = 0;
+        for backend in &self.backend {
+            if !names.insert(backend.name()) {
+                return Some(format!(
+                    "two backends are called {:?}: give each a name of its own",
+                    backend.name()
+                ));
+            }
+            let fault = match backend {
+                Backend::Embedded(settings) => {
+                    embedded += 1;
+                    settings.fault(&self.limits)
+                }
+                Backend::OpenAi(settings) => settings.fault(),
+            };
+            if let Some(fault) = fault {
+                return Some(format!("backend {:?}: {fault}", backend.name()));
+            }
+        }
+        match self.backend.len() {
+            0 => {
+                return Some(
+                    "there is no backend: leave [[backend]] out for the embedded engine, or describe one".into(),
+                );
+            }
+            1 if self.hedge_after.is_some() => {
+                return Some("hedge_after needs a second backend to ask: describe one, or leave it out".into());
+            }
+            _ => {}
+        }
+        if embedded > 1 {
+            return Some("there can be one embedded backend only: run more models in servers of their own".into());
+        }
+        if embedded == 0 && self.directives.verify && self.directives.verifier == verify::Kind::Likelihood {
+            return Some(
+                "directives.verifier is \"likelihood\", but no backend scores openers: use \"judge\" or \"auto\""
+                    .into(),
+            );
+        }
+        None
+    }
+
+    /// How openers are judged and corrected.
+    pub fn judgement(&self) -> Judgement {
+        let d = &self.directives;
+        Judgement {
+            verifier: d.verifier,
+            thresholds: Thresholds {
+                word: d.word_threshold,
+                mean: d.mean_threshold,
+            },
+            policy: policy::Settings {
+                verify: d.verify,
+                revise: d.allowed.contains(&Allowed::Revise),
+                restart: d.allowed.contains(&Allowed::Restart),
+                tone: d.tone.into(),
+                ..policy::Settings::default()
+            },
+        }
+    }
+
+    /// What edges may ask for.
+    pub fn limits(&self) -> session::Limits {
+        let l = &self.limits;
+        session::Limits {
+            frame_bytes: l.frame_bytes,
+            user_text_bytes: l.user_text_bytes,
+            history_bytes: l.history_bytes,
+            turns: l.turns_per_stream,
+            tokens: l.tokens,
+            first_frame: l.first_frame,
+            idle: l.idle,
+            lifetime: l.lifetime,
+            turn: l.turn,
+        }
+    }
+}
+
+impl From<ToneName> for Tone {
+    fn from(name: ToneName) -> Self {
+        match name {
+            ToneName::Neutral => Tone::Neutral,
+            ToneName::Apologetic => Tone::Apologetic,
+            ToneName::Playful => Tone::Playful,
+        }
+    }
+}
+
+impl Backend {
+    /// Its name in logs and metrics.
+    pub fn name(&self) -> &str {
+        match self {
+            Backend::Embedded(settings) => &settings.name,
+            Backend::OpenAi(settings) => &settings.name,
+        }
+    }
+}
+
+impl Embedded {
+    fn fault(&self, limits: &Limits) -> Option<String> {
+        if !(256..=1 << 22).contains(&self.context) {
+            return Some(format!(
+                "context is {}: it must be 256 to {} tokens",
+                self.context,
+                1 << 22
+            ));
+        }
+        if !(1..=63).contains(&self.slots) {
+            return Some(format!("slots is {}: it must be 1 to 63", self.slots));
+        }
+        if !(0.0..=10.0).contains(&self.prefill_share) || self.prefill_share == 0.0 {
+            return Some(format!(
+                "prefill_share is {}: it must be above 0 and at most 10",
+                self.prefill_share
+            ));
+        }
+        if self.threads == Some(0) {
+            return Some("threads is 0: leave it out for one per core".into());
+        }
+        (limits.tokens >= self.context).then(|| {
+            format!(
+                "limits.tokens ({}) does not fit into its context of {} tokens: lower it, or give the backend more context",
+                limits.tokens, self.context
+            )
+        })
+    }
+}
+
+impl OpenAi {
+    fn fault(&self) -> Option<String> {
+        if self.base_url.is_empty() {
+            return Some("base_url is missing: the API's address, like http://127.0.0.1:8000/v1".into());
+        }
+        if self.model.trim().is_empty() {
+            return Some("model is missing: the model's name at the server".into());
+        }
+        if self.api_key_file.is_some() && self.api_key_env.is_some() {
+            return Some("api_key_file and api_key_env are both set: keep one".into());
+        }
+        if self.mode == Mode::Prompt && self.prefill_style != Style::Flags {
+            return Some("prefill_style means nothing with mode = \"prompt\": leave one of them out".into());
+        }
+        let times = [
+            ("connect_timeout", self.connect_timeout),
+            ("first_token_timeout", self.first_token_timeout),
+            ("stall_timeout", self.stall_timeout),
+        ];
+        times
+            .iter()
+            .find(|t| t.1.is_zero())
+            .map(|t| format!("{} is 0: no answer could be in time", t.0))
+    }
+
+    /// The options that these settings mean; reads the key.
+    ///
+    /// # Errors
+    /// [`ConfigError::Invalid`] when there is no key where one should be.
+    pub fn options(&self, system_prompt: Option<&str>) -> Result<openai::Options, ConfigError> {
+        let invalid = |fault: String| ConfigError::Invalid(format!("backend {:?}: {fault}", self.name));
+        let key = match (&self.api_key_file, &self.api_key_env) {
+            (Some(path), _) => {
+                let text = std::fs::read_to_string(path);
+                Some(text.map_err(|e| invalid(format!("api_key_file {}: {e}", path.display())))?)
+            }
+            (None, Some(name)) => {
+                let text = std::env::var(name);
+                Some(text.map_err(|_| invalid(format!("api_key_env names {name}, which is not set")))?)
+            }
+            (None, None) => None,
+        };
+        if key.as_ref().is_some_and(|key| key.trim().is_empty()) {
+            return Err(invalid("the API key is empty".into()));
+        }
+        Ok(openai::Options {
+            base_url: self.base_url.clone(),
+            model: self.model.clone(),
+            mode: self.mode,
+            style: self.prefill_style,
+            system_prompt: system_prompt.unwrap_or(crate::layout::SYSTEM_PROMPT).to_owned(),
+            api_key: key.as_deref().map(Secret::new),
+            warm_up: self.warm_up,
+            connect: self.connect_timeout,
+            first_token: self.first_token_timeout,
+            stall: self.stall_timeout,
+            proxy: self.proxy.clone(),
+            ca_file: self.ca_file.clone(),
+            max_tokens_field: self.max_tokens_field.clone(),
+            omit: self.omit.clone(),
+            extra_body: self.extra_body.clone(),
+        })
+    }
+}
+
+#[cfg(test)]
+#[path = "config_tests.rs"]
+mod tests;
