@@ -21,6 +21,8 @@ const MOST: usize = 8;
 struct Attempt {
     member: usize,
     turn: Turn,
+    /// Generations that it was asked for.
+    asked: u32,
 }
 
 /// What comes of the attempts.
@@ -35,7 +37,10 @@ pub enum News {
 /// The attempts of one turn.
 pub struct Attempts {
     backends: Arc<Backends>,
+    /// As it is opened next: with what is left of the tokens.
     request: Request,
+    /// Most tokens of a whole reply.
+    most: u32,
     span: Span,
     current: Attempt,
     /// A second backend that was asked the same, and when to ask one.
@@ -70,6 +75,7 @@ impl Attempts {
         let current = open(backends, &request, &mut tried, span)?;
         Ok(Self {
             backends: backends.clone(),
+            most: request.parameters.max_tokens,
             request,
             span: span.clone(),
             current,
@@ -91,9 +97,9 @@ impl Attempts {
         self.current.member
     }
 
-    /// How many backends were left behind in a race: each has read the whole prompt for nothing.
-    pub fn losers(&self) -> u32 {
-        self.losers
+    /// How many backends were left behind in a race, since this was asked last: each has read the whole prompt for nothing.
+    pub fn take_losers(&mut self) -> u32 {
+        std::mem::take(&mut self.losers)
     }
 
     /// Tells the serving backend something.
@@ -103,11 +109,17 @@ impl Attempts {
     pub fn send(&mut self, input: Input) -> Result<(), Failure> {
         self.hedge = None;
         self.hedge_at = None;
-        if matches!(input, Input::Judge(_) | Input::Generate(_) | Input::Resume(_)) {
+        if !matches!(input, Input::Opener(_) | Input::Close) {
             self.hedge_at = self.hedge_after.map(|after| Box::pin(tokio::time::sleep(after)));
             self.asked = Some(input.clone());
+        }
+        if matches!(input, Input::Judge(_) | Input::Generate(_) | Input::Resume(_)) {
+            self.current.asked += 1;
             self.spoke = false;
             self.heir = false;
+        }
+        if matches!(input, Input::Judge(_) | Input::Generate(_)) {
+            self.request.parameters.max_tokens = self.most;
         }
         self.current.turn.send(input)
     }
@@ -119,6 +131,7 @@ impl Attempts {
     pub fn reopen(&mut self) -> Result<(), Failure> {
         let member = &self.backends.members()[self.current.member];
         self.current.turn = self.span.in_scope(|| member.backend.open(self.request.clone()))?;
+        self.current.asked = 0;
         Ok(())
     }
 
@@ -134,12 +147,11 @@ impl Attempts {
             return Err(failure);
         }
         self.opened += 1;
-        let mut request = self.request.clone();
-        request.parameters.max_tokens = request.parameters.max_tokens.saturating_sub(generated).max(1);
-        let opened = open(&self.backends, &request, &mut self.tried, &self.span).or_else(|last| {
+        self.request.parameters.max_tokens = self.most.saturating_sub(generated).max(1);
+        let opened = open(&self.backends, &self.request, &mut self.tried, &self.span).or_else(|last| {
             let useful = std::mem::take(&mut self.useful);
             self.tried.retain(|member| !useful.contains(member));
-            let again = open(&self.backends, &request, &mut self.tried, &self.span);
+            let again = open(&self.backends, &self.request, &mut self.tried, &self.span);
             again.map_err(|_| last)
         });
         match opened {
@@ -171,6 +183,12 @@ impl Attempts {
     pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<News>> {
         while let Poll::Ready(event) = self.current.turn.poll_next(context) {
             match event {
+                // What is left of a generation that was replaced says nothing about the one that is waited for.
+                Some(event @ (Event::Text(_, usage) | Event::Done(_, usage)))
+                    if usage.generation + 1 != self.current.asked =>
+                {
+                    return Poll::Ready(Some(News::Event(event)));
+                }
                 Some(event @ (Event::Text(..) | Event::Done(..))) => {
                     self.spoke |= matches!(event, Event::Text(..));
                     self.hedge_at = None;
@@ -201,7 +219,13 @@ impl Attempts {
             && timer.as_mut().poll(context).is_ready()
         {
             self.hedge_at = None;
-            self.run_along();
+            if !matches!(self.asked, Some(Input::Commit(_))) {
+                self.run_along();
+            } else if self.another().is_some() {
+                // Nothing is being computed for this turn yet but its verdict: it had better be elsewhere.
+                let late = Failure::Stalled(self.hedge_after.unwrap_or_default());
+                return Poll::Ready(Some(News::Event(Event::Failed(late))));
+            }
         }
         while let Some(hedge) = &mut self.hedge {
             let Poll::Ready(event) = hedge.turn.poll_next(context) else {
@@ -228,14 +252,18 @@ impl Attempts {
         Poll::Pending
     }
 
+    fn another(&self) -> Option<usize> {
+        self.backends.next(&[&self.tried[..], &[self.current.member]].concat())
+    }
+
     /// Asks a second backend the same.
     fn run_along(&mut self) {
-        let mut not = self.tried.clone();
-        not.push(self.current.member);
+        let mut not = [&self.tried[..], &[self.current.member]].concat();
         let Some(asked) = self.asked.clone() else { return };
         if let Ok(hedge) = open(&self.backends, &self.request, &mut not, &self.span)
             && hedge.turn.send(asked).is_ok()
         {
+            let hedge = Attempt { asked: 1, ..hedge };
             let name = &self.backends.members()[hedge.member].name;
             tracing::debug!(parent: &self.span, backend = name, "the first token is late: a second backend is asked");
             self.hedge = Some(hedge);
@@ -248,7 +276,9 @@ fn open(backends: &Backends, request: &Request, tried: &mut Vec<usize>, span: &S
     let mut last = None;
     while let Some(member) = backends.next(tried) {
         match span.in_scope(|| backends.members()[member].backend.open(request.clone())) {
-            Ok(turn) => return Ok(Attempt { member, turn }),
+            Ok(turn) => {
+                return Ok(Attempt { member, turn, asked: 0 });
+            }
             Err(failure) => {
                 backends.failed(member, &failure);
                 tried.push(member);

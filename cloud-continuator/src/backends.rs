@@ -13,8 +13,8 @@ use crate::backend::{Backend, Failure, breaker::Breaker};
 const TICK: Duration = Duration::from_millis(250);
 /// How often to check a backend that seems to work: readiness must not wait for a turn to find out.
 const CHECK_EVERY: Duration = Duration::from_secs(10);
-/// How long a check may take.
-const CHECK_LIMIT: Duration = Duration::from_secs(10);
+/// How long a check may take: a probe may be the first thing that a model is asked after it was loaded.
+const CHECK_LIMIT: Duration = Duration::from_secs(45);
 
 /// One backend of the list.
 pub struct Member {
@@ -72,10 +72,10 @@ impl Backends {
         Failure::Unavailable(soonest.unwrap_or_default().max(TICK))
     }
 
-    /// A member did what it was asked for.
+    /// A member served a turn, or began to.
     pub fn succeeded(&self, member: usize) {
-        self.members[member].with(Breaker::succeeded);
-        self.ready.send_if_modified(|ready| !std::mem::replace(ready, true));
+        self.members[member].with(Breaker::served);
+        self.update();
     }
 
     /// A member failed a turn.
@@ -85,8 +85,10 @@ impl Backends {
         match failure {
             // The request's fault, or a bounded queue doing its work.
             Failure::ContextTooSmall { .. } | Failure::Overloaded { retry_after: None } => return,
-            // Else than a refused request, a refused key or an unknown model fails every turn.
-            Failure::Refused { status, .. } if !failure.retryable() && !matches!(status, 401 | 403 | 404) => return,
+            Failure::Refused {
+                status: 400 | 413 | 422,
+                ..
+            } => return,
             _ => {}
         }
         let opened = this.with(|breaker| match failure {
@@ -115,7 +117,7 @@ impl Backends {
     }
 
     fn update(&self) {
-        let any = self.members.iter().any(|m| m.with(|b| b.closed()));
+        let any = self.members.iter().any(|m| m.with(|b| b.proven()));
         self.ready
             .send_if_modified(|ready| std::mem::replace(ready, any) != any);
     }
@@ -126,7 +128,12 @@ impl Backends {
         for n in 0..self.members.len() {
             checks.spawn(self.clone().keep_checking_one(n));
         }
-        while checks.join_next().await.is_some() {}
+        while let Some(ended) = checks.join_next().await {
+            if let Err(error) = ended {
+                tracing::error!(%error, "the checks of a backend ended");
+            }
+        }
+        std::future::pending().await
     }
 
     async fn keep_checking_one(self: Arc<Self>, n: usize) {
@@ -158,10 +165,12 @@ impl Backends {
                 if !member.with(|b| b.closed()) {
                     tracing::info!(backend = member.name, "backend works again");
                 }
-                self.succeeded(n);
+                member.with(Breaker::answered);
+                self.update();
             }
             Err(failure) => {
-                if first || matches!(failure, Failure::Model(_)) {
+                // An open one stays open, for longer each time.
+                if first || matches!(failure, Failure::Model(_)) || !member.with(|b| b.closed()) {
                     member.with(|b| b.open(Instant::now(), None));
                     self.update();
                 } else {

@@ -172,13 +172,13 @@ impl Serve {
         if self.embedded != EmbeddedArgs::default() {
             return Err("--upstream takes the place of the embedded engine, so that --model and its kin mean nothing; to use both, describe them in a configuration file".into());
         }
-        settings.backend = vec![Backend::OpenAi(OpenAi {
+        settings.backend = vec![Backend::OpenAi(Box::new(OpenAi {
             base_url: base_url.clone(),
             model: from.upstream_model.clone().unwrap_or_default(),
             mode: from.upstream_mode.unwrap_or_default(),
             api_key_file: from.upstream_key_file.clone(),
             ..OpenAi::default()
-        })];
+        }))];
         Ok(())
     }
 
@@ -310,7 +310,7 @@ mod tests {
                 &[&upstream[..], &["--verifier", "likelihood"]].concat(),
                 "no backend scores",
             ),
-            (&["--context", "300"], "limits.tokens"),
+            (&["--context", "3"], "--context"),
             (&["--config", "/nowhere.toml"], "/nowhere.toml"),
         ] {
             let error = settings(args).unwrap_err();

@@ -21,6 +21,11 @@ use crate::{
 /// The default large model, which `make setup` brings.
 pub const DEFAULT_MODEL: &str = ".segue/models/SmolLM2-135M-Instruct.Q4_1.gguf";
 
+/// Bytes of a frame that are no text.
+const FRAME_OVERHEAD: usize = 4096;
+/// Largest limit of a frame's bytes.
+const MOST_FRAME_BYTES: usize = 64 << 20;
+
 /// Everything that can be set.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -37,7 +42,7 @@ pub struct Settings {
     pub directives: Directives,
     /// What edges may ask for.
     pub limits: Limits,
-    /// The backends, best first; empty stands for the embedded engine with its defaults.
+    /// The backends, best first; where nobody describes one, the embedded engine with its defaults.
     pub backend: Vec<Backend>,
 }
 
@@ -121,7 +126,7 @@ pub enum Backend {
     /// llama.cpp in this process.
     Embedded(Embedded),
     /// A server.
-    OpenAi(OpenAi),
+    OpenAi(Box<OpenAi>),
 }
 
 /// llama.cpp in this process.
@@ -354,11 +359,17 @@ impl Settings {
         if let Some(name) = zero.chain(no_time).next() {
             return Some(format!("limits.{name} is 0: nothing could ever be served"));
         }
-        if l.frame_bytes < l.user_text_bytes.saturating_add(l.history_bytes) {
+        let texts = l.user_text_bytes.saturating_add(l.history_bytes);
+        if l.frame_bytes > MOST_FRAME_BYTES {
             return Some(format!(
-                "limits.frame_bytes ({}) is smaller than user_text_bytes and history_bytes together ({}): raise it, or lower them",
+                "limits.frame_bytes is {}: at most {MOST_FRAME_BYTES} can be",
+                l.frame_bytes
+            ));
+        }
+        if l.frame_bytes < texts.saturating_add(FRAME_OVERHEAD) {
+            return Some(format!(
+                "limits.frame_bytes ({}) must be {FRAME_OVERHEAD} larger than user_text_bytes and history_bytes together ({texts}): raise it, or lower them",
                 l.frame_bytes,
-                l.user_text_bytes.saturating_add(l.history_bytes)
             ));
         }
         self.backend_faults()
@@ -377,7 +388,7 @@ impl Settings {
             let fault = match backend {
                 Backend::Embedded(settings) => {
                     embedded += 1;
-                    settings.fault(&self.limits)
+                    settings.fault()
                 }
                 Backend::OpenAi(settings) => settings.fault(),
             };
@@ -465,7 +476,7 @@ impl Backend {
 }
 
 impl Embedded {
-    fn fault(&self, limits: &Limits) -> Option<String> {
+    fn fault(&self) -> Option<String> {
         if !(256..=1 << 22).contains(&self.context) {
             return Some(format!(
                 "context is {}: it must be 256 to {} tokens",
@@ -485,12 +496,7 @@ impl Embedded {
         if self.threads == Some(0) {
             return Some("threads is 0: leave it out for one per core".into());
         }
-        (limits.tokens >= self.context).then(|| {
-            format!(
-                "limits.tokens ({}) does not fit into its context of {} tokens: lower it, or give the backend more context",
-                limits.tokens, self.context
-            )
-        })
+        None
     }
 }
 
@@ -504,6 +510,16 @@ impl OpenAi {
         }
         if self.api_key_file.is_some() && self.api_key_env.is_some() {
             return Some("api_key_file and api_key_env are both set: keep one".into());
+        }
+        if self.max_tokens_field.is_empty() {
+            return Some("max_tokens_field is empty: it is the name of a field".into());
+        }
+        let ours = ["model", "messages", "stream", self.max_tokens_field.as_str()];
+        let touched = |field: &&&str| self.omit.iter().any(|o| o == **field) || self.extra_body.contains_key(**field);
+        if let Some(field) = ours.iter().find(touched) {
+            return Some(format!(
+                "extra_body and omit cannot be about {field:?}: it is set for every request"
+            ));
         }
         if self.mode == Mode::Prompt && self.prefill_style != Style::Flags {
             return Some("prefill_style means nothing with mode = \"prompt\": leave one of them out".into());

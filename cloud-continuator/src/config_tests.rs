@@ -14,7 +14,7 @@ fn full() -> Settings {
         system_prompt: Some("Be brief.".into()),
         hedge_after: Some(Duration::from_secs(2)),
         backend: vec![
-            Backend::OpenAi(OpenAi {
+            Backend::OpenAi(Box::new(OpenAi {
                 base_url: "http://127.0.0.1:8000/v1".into(),
                 model: "m".into(),
                 api_key_file: Some("key".into()),
@@ -22,7 +22,7 @@ fn full() -> Settings {
                 proxy: Some("http://proxy:3128".into()),
                 ca_file: Some("ca.pem".into()),
                 ..OpenAi::default()
-            }),
+            })),
             Backend::Embedded(Embedded {
                 layout: Some(Layout::Chat),
                 threads: Some(2),
@@ -118,8 +118,11 @@ fn faults_are_named() {
         ),
         ("[[backend]]\nkind = \"embedded\"\nslots = 64".into(), "slots"),
         (
-            "[[backend]]\nkind = \"embedded\"\ncontext = 1000".into(),
-            "limits.tokens",
+            "[[backend]]
+kind = \"embedded\"
+context = 100"
+                .into(),
+            "context is 100",
         ),
         (
             "[[backend]]\nkind = \"embedded\"\nprefill_share = nan".into(),
@@ -132,6 +135,16 @@ fn faults_are_named() {
         ("[directives]\nword_threshold = 1.0".into(), "-100 to 0"),
         ("[limits]\nidle = \"0s\"".into(), "limits.idle"),
         ("[limits]\nframe_bytes = 100".into(), "frame_bytes"),
+        ("[limits]\nframe_bytes = 5000000000".into(), "frame_bytes"),
+        (format!("[[backend]]\n{upstream}omit = [\"messages\"]"), "messages"),
+        (
+            format!("[[backend]]\n{upstream}extra_body = {{ max_tokens = 9 }}"),
+            "max_tokens",
+        ),
+        (
+            format!("[[backend]]\n{upstream}max_tokens_field = \"\""),
+            "max_tokens_field",
+        ),
     ] {
         let error = parse(&text).unwrap_err();
         assert!(error.contains(says), "{text}\n{error}");

@@ -18,6 +18,8 @@ use crate::session::{self, Service};
 
 /// Frames that may wait for a slow reader; its turns wait when it is full.
 const OUTGOING_FRAMES: usize = 64;
+/// Frames that are read at least, to be answered, in bytes.
+const FRAME_BYTES: usize = 4 << 20;
 /// Streams on one connection.
 const STREAMS: u32 = 256;
 
@@ -79,7 +81,8 @@ pub async fn serve(
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()
         .expect("the embedded descriptors are valid");
-    let limit = service.limits.frame_bytes;
+    // A frame above the limit gets an answer of its own, unless it is so large that it must not be read at all.
+    let limit = service.limits.frame_bytes.saturating_mul(2).max(FRAME_BYTES);
     let server = Server::builder()
         .max_concurrent_streams(STREAMS)
         // A device that lost its network says nothing: ask, so that its turns are freed.

@@ -45,10 +45,12 @@ pub fn resolve(name: &str) -> Result<PathBuf, ModelError> {
     };
     let (repo, file) = split(rest).ok_or_else(|| ModelError::Name(name.to_owned()))?;
     let cache = Cache::from_env();
-    if let Some(path) = cache.repo(Repo::model(repo.to_owned())).get(file) {
-        return Ok(path);
-    }
-    fetch(&cache, name, repo, file)
+    let path = match cache.repo(Repo::model(repo.to_owned())).get(file) {
+        Some(path) => path,
+        None => fetch(&cache, name, repo, file)?,
+    };
+    verify(name, &path)?;
+    Ok(path)
 }
 
 fn split(rest: &str) -> Option<(&str, &str)> {
@@ -76,12 +78,11 @@ fn fetch(cache: &Cache, name: &str, repo: &str, file: &str) -> Result<PathBuf, M
     } else {
         repo.download_with_progress(file, Logged::default())
     };
-    let path = path.map_err(failed)?;
-    verify(name, &path)?;
-    Ok(path)
+    path.map_err(failed)
 }
 
-/// Compares a fetched file with the hash that the hub keeps it under (the name of the blob that the cache's link leads to).
+/// Compares a file with the hash that the hub keeps it under (the name of the blob that the cache's link leads to), once: a mark beside
+/// the blob says that it was done.
 fn verify(name: &str, path: &Path) -> Result<(), ModelError> {
     let failed = |e: std::io::Error| ModelError::Download(name.to_owned(), e.to_string());
     let blob = std::fs::canonicalize(path).map_err(failed)?;
@@ -94,9 +95,15 @@ fn verify(name: &str, path: &Path) -> Result<(), ModelError> {
         );
         return Ok(());
     }
+    let mark = blob.with_file_name(format!("{wanted}.verified"));
+    if mark.exists() {
+        return Ok(());
+    }
     let found = sha256(&blob).map_err(failed)?;
     if found == wanted.to_lowercase() {
-        tracing::info!(model = name, sha256 = found, "model fetched");
+        tracing::info!(model = name, sha256 = found, "the model is as the hub has it");
+        // Without it the model is read once more the next time, which does no harm.
+        let _ = File::create(mark);
         return Ok(());
     }
     let _ = std::fs::remove_file(path);

@@ -19,7 +19,7 @@ use crate::{
     backend::{Event, Failure, Finish, Request, Usage},
     names,
     session::{Service, turn_failed},
-    turn::{Effect, Incoming, Judgement, Mark, Turn, failed},
+    turn::{Effect, Incoming, Mark, Turn, failed},
     verify::Verdict,
 };
 
@@ -93,17 +93,15 @@ impl Running {
         let info = service.backends.members()[attempts.member()].backend.info();
         span.record(names::PROVIDER, info.provider);
         span.record(names::MODEL, info.model.as_str());
-        let judgement = Judgement {
-            verifier: service.judgement.verifier.for_backend(info.scores),
-            ..service.judgement
-        };
+        let mut machine = Turn::new(start.turn_id, surface, service.judgement, start.tone(), history);
+        machine.served_by(info.scores);
         let now = Instant::now();
         let limit = service.limits.turn;
         let allowed = proto::std_duration(start.deadline).map_or(limit, |wish| wish.min(limit));
         service.running.fetch_add(1, Ordering::Relaxed);
         Ok(Self {
             id: start.turn_id,
-            machine: Turn::new(start.turn_id, surface, judgement, start.tone(), history),
+            machine,
             attempts,
             service: service.clone(),
             started: now,
@@ -148,17 +146,29 @@ impl Running {
             News::Event(Event::Failed(failure)) => {
                 let generated = self.machine.usage().generated;
                 match self.attempts.move_on(failure, generated) {
-                    Ok(()) => self.on(Incoming::Moved),
+                    Ok(()) => {
+                        self.served_anew();
+                        self.on(Incoming::Moved)
+                    }
                     Err(failure) => self.on(Incoming::Backend(Event::Failed(failure))),
                 }
             }
             News::Event(event) => self.on(Incoming::Backend(event)),
             News::Overtaken(event) => {
                 // The machine's question is the one that the new backend is answering.
+                self.served_anew();
                 self.machine.on(Incoming::Moved);
                 self.on(Incoming::Backend(event))
             }
         }
+    }
+
+    /// Another backend serves the turn.
+    fn served_anew(&mut self) {
+        let info = self.service.backends.members()[self.attempts.member()].backend.info();
+        self.span.record(names::PROVIDER, info.provider);
+        self.span.record(names::MODEL, info.model.as_str());
+        self.machine.served_by(info.scores);
     }
 
     /// Takes an event; returns the frames to send.
@@ -241,7 +251,7 @@ impl Running {
     /// The edge cancelled the turn: the frame that ends it. Dropping `self` cancels the backend's work.
     pub fn cancelled(mut self) -> proto::EndTurn {
         let usage = self.machine.usage();
-        let wasted = usage.wasted + usage.generated;
+        let wasted = usage.wasted.saturating_add(usage.generated);
         self.close(
             proto::FinishReason::Cancelled,
             Usage {
@@ -259,7 +269,10 @@ impl Running {
 
     fn close(&mut self, reason: proto::FinishReason, mut usage: Usage) -> proto::EndTurn {
         // Whoever lost a race had read the same prompt.
-        usage.wasted += self.attempts.losers() * (usage.prompt + usage.opener);
+        let read = usage.prompt.saturating_add(usage.opener);
+        usage.wasted = usage
+            .wasted
+            .saturating_add(self.attempts.take_losers().saturating_mul(read));
         let name = reason.as_str_name().trim_start_matches("FINISH_REASON_").to_lowercase();
         self.span.record(names::INPUT_TOKENS, usage.prompt + usage.opener);
         self.span.record(names::CACHED_TOKENS, usage.cached);

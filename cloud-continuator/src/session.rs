@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use prost::Message as _;
 use segue_shared::{
     proto::{self, CloudFrame, EdgeFrame, TurnError, edge_frame::Body},
     reply_log::Surface,
@@ -281,9 +282,10 @@ impl Session {
                 }
                 // The edge sends no more: its running turns are finished, then the stream ends.
                 Next::Frame(None) => leaving = true,
+                // The edge is gone, or has sent what is no frame: it is told, if it is still there.
                 Next::Frame(Some(Err(status))) => {
                     tracing::debug!(code = ?status.code(), "the edge's stream broke");
-                    return Err(End::Gone);
+                    return Err(End::Status(status));
                 }
                 Next::Deadline => {
                     let now = Instant::now();
@@ -331,6 +333,13 @@ impl Session {
     }
 
     async fn frame(&mut self, frame: EdgeFrame) -> Result<(), End> {
+        let (bytes, most) = (frame.encoded_len(), self.service.limits.frame_bytes);
+        if bytes > most {
+            let message = format!("the frame has {bytes} bytes; at most {most} are allowed");
+            let turn = turn_of(&frame);
+            self.last_turn = self.last_turn.max(turn);
+            return self.fail(turn, TurnError::InvalidArgument, message, false).await;
+        }
         match frame.body {
             Some(Body::StartTurn(start)) => self.start(start).await,
             Some(Body::OpenerDelta(f)) => {
@@ -492,6 +501,19 @@ impl Session {
                 Err(End::Gone)
             }
         }
+    }
+}
+
+/// The turn that a frame is about; 0: none.
+fn turn_of(frame: &EdgeFrame) -> u64 {
+    match &frame.body {
+        Some(Body::StartTurn(f)) => f.turn_id,
+        Some(Body::OpenerDelta(f)) => f.turn_id,
+        Some(Body::CommitOpener(f)) => f.turn_id,
+        Some(Body::Heard(f)) => f.turn_id,
+        Some(Body::CancelTurn(f)) => f.turn_id,
+        Some(Body::RefuseDirective(f)) => f.turn_id,
+        Some(Body::Hello(_)) | None => 0,
     }
 }
 

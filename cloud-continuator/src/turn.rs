@@ -129,6 +129,8 @@ pub struct Turn {
     usage: Usage,
     /// What backends before the present one took.
     before: Usage,
+    /// Whether the backend scores openers.
+    scores: bool,
     /// The reply text that the seam joins the continuation to.
     joined_to: String,
     /// What the model has been asked to continue, and then has been heard to say.
@@ -163,12 +165,18 @@ impl Turn {
             spoke: false,
             usage: Usage::default(),
             before: Usage::default(),
+            scores: true,
             joined_to: String::new(),
             model_text: String::new(),
             went_on: false,
             failed: false,
             asked: None,
         }
+    }
+
+    /// Says whether the backend that serves the turn scores openers.
+    pub fn served_by(&mut self, scores: bool) {
+        self.scores = scores;
     }
 
     /// Whether the turn is complete.
@@ -234,9 +242,14 @@ impl Turn {
         self.opener = prefix;
         self.state = State::Verifying;
         let judged = !resumed && self.judgement.policy.verify && words::count(&self.opener) > 0;
-        self.verifier = judged.then(|| self.judgement.verifier.verifier(self.judgement.thresholds));
+        self.verifier = judged.then(|| self.new_verifier());
         let question = self.question();
         vec![Effect::Mark(Mark::Committed), self.ask(question)]
+    }
+
+    fn new_verifier(&self) -> Box<dyn Verifier> {
+        let kind = self.judgement.verifier.for_backend(self.scores);
+        kind.verifier(self.judgement.thresholds)
     }
 
     fn question(&self) -> Input {
@@ -248,11 +261,18 @@ impl Turn {
 
     /// Puts what the turn waits for to another backend, whose generations are counted anew.
     fn moved(&mut self) -> Vec<Effect> {
+        // What was generated and not said is lost; what was said is continued.
+        let (said, lost) = if self.went_on {
+            (self.usage.generated, 0)
+        } else {
+            (0, self.usage.generated)
+        };
         self.before = Usage {
-            wasted: self.usage.wasted,
-            generated: self.usage.generated,
+            wasted: self.usage.wasted.saturating_add(lost),
+            generated: said,
             ..Usage::default()
         };
+        self.usage = self.before;
         self.asked = None;
         let input = match self.state {
             State::Ended => return Vec::new(),
@@ -260,7 +280,7 @@ impl Turn {
             State::Opening => Input::Opener(self.opener.trim_end().to_owned()),
             State::Verifying => {
                 if self.verifier.is_some() {
-                    self.verifier = Some(self.judgement.verifier.verifier(self.judgement.thresholds));
+                    self.verifier = Some(self.new_verifier());
                 }
                 self.question()
             }
@@ -324,8 +344,8 @@ impl Turn {
     /// Adds what earlier backends took to what an event says.
     fn counted(&self, event: Event) -> Event {
         let sum = |usage: Usage| Usage {
-            generated: usage.generated + self.before.generated,
-            wasted: usage.wasted + self.before.wasted,
+            generated: usage.generated.saturating_add(self.before.generated),
+            wasted: usage.wasted.saturating_add(self.before.wasted),
             ..usage
         };
         match event {
@@ -353,6 +373,12 @@ impl Turn {
 
     /// Asks a new turn at the backend, where generations are counted anew.
     fn ask_anew(&mut self, input: Input) -> Effect {
+        // All that the old one generated is replaced.
+        self.before = Usage {
+            wasted: self.usage.wasted.saturating_add(self.usage.generated),
+            ..Usage::default()
+        };
+        self.usage = self.before;
         self.asked = Some((0, input.clone()));
         Effect::Reopen(input)
     }
@@ -455,6 +481,12 @@ impl Turn {
             return Vec::new(); // an older directive; the newer one stands
         }
         let ended = self.state == State::Ended;
+        if !ended {
+            // What is replaced counts as wasted: the present backend's share it counts itself.
+            self.before.wasted = self.before.wasted.saturating_add(self.before.generated);
+            self.before.generated = 0;
+            self.usage.generated = 0;
+        }
         let (mut effects, input) = self.correct(Correction::Bridge, DirectiveReason::Refused);
         effects.push(if ended { self.ask_anew(input) } else { self.ask(input) });
         effects

@@ -39,6 +39,32 @@ pub fn auc(positive: &[f32], negative: &[f32]) -> f64 {
     wins / (positive.len() * negative.len()).max(1) as f64
 }
 
+/// The value below which `share` of the times are; sorts them.
+pub fn percentile(times: &mut [f64], share: f64) -> f64 {
+    times.sort_unstable_by(f64::total_cmp);
+    let at = ((times.len() as f64 * share).ceil() as usize).clamp(1, times.len().max(1)) - 1;
+    times.get(at).copied().unwrap_or(f64::NAN)
+}
+
+/// A process's memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory {
+    /// Resident set, in bytes.
+    pub resident: u64,
+}
+
+impl Memory {
+    /// Of a process, by its id; zero where it cannot be known.
+    pub fn of(id: u32) -> Self {
+        let status = std::fs::read_to_string(format!("/proc/{id}/status")).unwrap_or_default();
+        let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));
+        let kib: u64 = line
+            .and_then(|l| l.split_whitespace().next()?.parse().ok())
+            .unwrap_or(0);
+        Self { resident: kib * 1024 }
+    }
+}
+
 /// The share of `true`; 0 of nothing.
 pub fn share(values: impl Iterator<Item = bool>) -> f64 {
     let (hits, all) = values.fold((0, 0), |(hits, all), value| (hits + usize::from(value), all + 1));

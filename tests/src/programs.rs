@@ -57,6 +57,54 @@ pub fn command(name: &str) -> Command {
     command
 }
 
+/// The same command on one core only.
+pub fn on_core(core: usize, command: &Command) -> Command {
+    let mut pinned = Command::new("taskset");
+    pinned
+        .args(["-c", &core.to_string()])
+        .arg(command.get_program())
+        .args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => pinned.env(name, value),
+            None => pinned.env_remove(name),
+        };
+    }
+    if let Some(folder) = command.get_current_dir() {
+        pinned.current_dir(folder);
+    }
+    pinned
+}
+
+/// Whether programs can be given cores of their own.
+pub fn two_cores() -> bool {
+    let two = std::thread::available_parallelism().is_ok_and(|n| n.get() >= 2);
+    two && on_core(1, &Command::new("true")).status().is_ok_and(|s| s.success())
+}
+
+/// The processor, for tables of measurements.
+pub fn machine() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = info
+        .lines()
+        .find_map(|l| l.strip_prefix("model name"))
+        .map_or("unknown", |l| l.trim_start_matches([' ', '\t', ':']));
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    format!("{name}, {cores} cores")
+}
+
+/// CPU seconds that a process has taken, by its id; zero where it cannot be known.
+pub fn cpu(id: u32) -> f64 {
+    let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
+    let after_name = stat.rsplit(')').next().unwrap_or_default();
+    let ticks = after_name
+        .split_whitespace()
+        .skip(11)
+        .take(2)
+        .filter_map(|t| t.parse::<f64>().ok());
+    ticks.sum::<f64>() / 100.0 // Linux's USER_HZ
+}
+
 /// A running continuator; killed when dropped.
 pub struct Continuator {
     child: Child,
@@ -109,6 +157,16 @@ impl Continuator {
             Err(_) => panic!("the continuator does not serve:\n{}", this.log()),
         }
         this
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// CPU seconds that it has taken.
+    pub fn cpu(&self) -> f64 {
+        cpu(self.id())
     }
 
     /// What it has logged so far.

@@ -180,12 +180,15 @@ async fn broken_rules_are_answered_and_the_stream_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_oversized_frame_ends_only_its_own_stream() {
+async fn an_oversized_frame_ends_its_own_turn_and_a_huge_one_its_own_stream() {
     let continuator = Continuator::start(&[]);
     let mut other = Edge::connect(&continuator.url, Surface::Revisable).await;
     let mut edge = Edge::connect(&continuator.url, Surface::Revisable).await;
-    edge.start(1, &"x".repeat(2 << 20)).await;
-    assert!(!matches!(edge.try_next().await, Ok(Some(_))));
+    edge.start(1, &"x".repeat(1 << 20)).await;
+    failed(&edge.next().await, 1, TurnError::InvalidArgument);
+    good_turn(&mut edge, 2).await;
+    edge.start(3, &"x".repeat(8 << 20)).await;
+    assert!(edge.try_next().await.is_err(), "the stream ends with a status");
     good_turn(&mut other, 1).await;
 }
 

@@ -16,6 +16,7 @@ pub struct Breaker {
     /// Until when no turn goes there; `None` when closed.
     open_until: Option<Instant>,
     pause: Duration,
+    proven: bool,
 }
 
 impl Breaker {
@@ -34,9 +35,27 @@ impl Breaker {
         self.open_until.map_or(Duration::ZERO, |until| until - now)
     }
 
-    /// The backend worked: it is closed.
-    pub fn succeeded(&mut self) {
-        *self = Self::default();
+    /// Whether it has been seen to work, and no failure has opened it since.
+    pub fn proven(&self) -> bool {
+        self.proven && self.closed()
+    }
+
+    /// The backend served a turn. (One that began before the backend was left alone does not end that.)
+    pub fn served(&mut self) {
+        if self.closed() {
+            *self = Self {
+                proven: true,
+                ..Self::default()
+            };
+        }
+    }
+
+    /// The backend answered a check: it may be tried, but the next failed turn opens it again, and for longer.
+    pub fn answered(&mut self) {
+        self.proven = true;
+        if self.open_until.take().is_some() {
+            self.failures = FAILURES - 1;
+        }
     }
 
     /// The backend failed; returns whether that opened it.
@@ -69,7 +88,8 @@ mod tests {
         let mut breaker = Breaker::default();
         breaker.failed(now);
         breaker.failed(now);
-        breaker.succeeded();
+        breaker.answered();
+        breaker.served();
         assert!(!breaker.failed(now) && !breaker.failed(now) && breaker.closed());
         assert!(breaker.failed(now) && !breaker.closed());
         let mut pause = PAUSES.0;
@@ -81,8 +101,15 @@ mod tests {
             assert!(!breaker.failed(now), "it was open already");
             pause = (pause * 2).min(PAUSES.1);
         }
-        breaker.succeeded();
-        assert!(breaker.closed() && !breaker.due(now));
+        breaker.served();
+        assert!(!breaker.proven(), "a turn from before is no sign");
+        breaker.answered();
+        assert!(breaker.proven() && !breaker.due(now));
+        assert!(breaker.failed(now), "checks do not make up for turns");
+        assert_eq!(breaker.remaining(now), PAUSES.1, "and it has not forgotten");
+        breaker.answered();
+        breaker.served();
+        assert!(!breaker.failed(now), "a turn does");
     }
 
     #[tokio::test]

@@ -110,6 +110,11 @@ impl Embedded {
     /// # Errors
     /// [`LoadError`] says which file or setting is wrong.
     pub fn load(options: Options) -> Result<Self, LoadError> {
+        if options.gpu_layers > 0 && !cfg!(any(feature = "cuda", feature = "vulkan")) {
+            return Err(LoadError::Settings(
+                "gpu_layers is above 0, but this build has no GPU support: build with --features cuda or vulkan".into(),
+            ));
+        }
         check_file(&options.model)?;
         let (commands, queue) = mpsc::sync_channel(WAITING_COMMANDS);
         let (loaded, result) = mpsc::channel();

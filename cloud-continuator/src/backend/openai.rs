@@ -14,7 +14,10 @@ use reqwest::{
 use segue_shared::telemetry::TraceContext;
 use serde_json::{Map, Value};
 use thiserror::Error;
-use tokio::sync::{Mutex, mpsc, mpsc::error::TrySendError};
+use tokio::{
+    sync::{Mutex, mpsc, mpsc::error::TrySendError},
+    time::Instant,
+};
 use tracing::{Span, field::Empty, info_span};
 
 use self::{
@@ -26,6 +29,8 @@ use super::{Backend, Failure, Info, Input, Request, Turn};
 
 /// Inputs that may wait for a turn: it takes them at once, unless nobody reads its events.
 const INPUTS: usize = 64;
+/// How long a failed probe speaks for those that wait for it.
+const PROBE_AGAIN: Duration = Duration::from_secs(1);
 /// Longest error body that is read, in bytes.
 const ERROR_BYTES: usize = 16 << 10;
 
@@ -120,8 +125,8 @@ impl fmt::Debug for Secret {
 #[derive(Debug, Error)]
 pub enum SetupError {
     /// The address.
-    #[error("base_url {0:?} is no address ({1}); write it like http://127.0.0.1:8000/v1")]
-    Address(String, String),
+    #[error("base_url is no address ({0}); write it like http://127.0.0.1:8000/v1")]
+    Address(String),
     /// The key.
     #[error("the API key has characters that no HTTP header can hold")]
     Key,
@@ -129,8 +134,8 @@ pub enum SetupError {
     #[error("ca_file {0}: {1}; it must hold PEM certificates")]
     Certificates(String, String),
     /// The proxy.
-    #[error("proxy {0:?} is no address ({1}); write it like http://proxy:3128")]
-    Proxy(String, String),
+    #[error("proxy is no address ({0}); write it like http://proxy:3128")]
+    Proxy(String),
     /// The HTTP client.
     #[error("the HTTP client does not start: {0}")]
     Client(String),
@@ -152,7 +157,13 @@ struct Upstream {
     completions: Url,
     models: Url,
     /// The way that was found, in mode `auto`. Held while probing, so that one turn probes and the others wait.
-    way: Mutex<Option<Way>>,
+    way: Mutex<Option<Found>>,
+}
+
+/// What came of the last probe.
+enum Found {
+    Way(Way),
+    Failure(Failure, Instant),
 }
 
 impl OpenAi {
@@ -162,7 +173,7 @@ impl OpenAi {
     /// [`SetupError`] names the setting that is wrong.
     pub fn new(options: Options) -> Result<Self, SetupError> {
         let base = options.base_url.trim_end_matches('/');
-        let address = |e: String| SetupError::Address(options.base_url.clone(), e);
+        let address = SetupError::Address;
         let url = |path: &str| Url::parse(&format!("{base}/{path}")).map_err(|e| address(e.to_string()));
         let completions = url("chat/completions")?;
         if !matches!(completions.scheme(), "http" | "https") || completions.host_str().is_none() {
@@ -183,10 +194,12 @@ impl OpenAi {
             .user_agent(concat!("segue/", env!("CARGO_PKG_VERSION")))
             .default_headers(headers)
             .connect_timeout(options.connect)
+            // A redirect would turn the request into another one, and show it to another server.
+            .redirect(reqwest::redirect::Policy::none())
             .tcp_nodelay(true);
         builder = trusting(builder, &options, completions.scheme() == "https")?;
         if let Some(proxy) = &options.proxy {
-            let wrong = |e: reqwest::Error| SetupError::Proxy(proxy.clone(), e.to_string());
+            let wrong = |e: reqwest::Error| SetupError::Proxy(reasons(&e));
             builder = builder.proxy(reqwest::Proxy::all(proxy).map_err(wrong)?);
         }
         let client = builder.build().map_err(|e| SetupError::Client(reasons(&e)))?;
@@ -222,7 +235,8 @@ fn trusting(
     // The first provider of the process stays; all are this one.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let Some(path) = &options.ca_file else {
-        return Ok(if tls { builder } else { builder.tls_certs_only([]) });
+        let direct = !tls && options.proxy.is_none();
+        return Ok(if direct { builder.tls_certs_only([]) } else { builder });
     };
     let wrong = |e: String| SetupError::Certificates(path.display().to_string(), e);
     let pem = std::fs::read(path).map_err(|e| wrong(e.to_string()))?;
@@ -287,7 +301,7 @@ impl Upstream {
     }
 
     /// Has the conversation read, so that the continuation finds it in the upstream's cache.
-    async fn warm_up(&self, request: &Request) -> Result<Counted, Failure> {
+    async fn warm_up(self: &Arc<Self>, request: &Request) -> Result<Counted, Failure> {
         let way = self.way().await?;
         let mut counted = Counted::default();
         let mut answer = self.ask(&body::warm_up(&self.options, request, way)).await?;
@@ -300,27 +314,38 @@ impl Upstream {
     }
 
     /// How the server is asked; probes it if that is not known.
-    async fn way(&self) -> Result<Way, Failure> {
+    async fn way(self: &Arc<Self>) -> Result<Way, Failure> {
         match self.options.mode {
             Mode::Prefill => Ok(Way::Prefill(self.options.style)),
             Mode::Prompt => Ok(Way::Prompt),
-            Mode::Auto => {
-                let mut known = self.way.lock().await;
-                match *known {
-                    Some(way) => Ok(way),
-                    None => Ok(*known.insert(self.probe().await?)),
-                }
-            }
+            Mode::Auto => self.probed(None).await,
         }
     }
 
-    /// Probes again after `old` was refused, unless somebody else just has.
-    async fn probe_again(&self, old: Way) -> Result<Way, Failure> {
-        let mut known = self.way.lock().await;
-        match *known {
-            Some(way) if way != old => Ok(way),
-            _ => Ok(*known.insert(self.probe().await?)),
-        }
+    /// What a probe found, or finds now if the `refused` way is what it found before.
+    ///
+    /// The probe runs in a task of its own: it belongs to all turns that wait for it, and must not stand still with the one that began it.
+    async fn probed(self: &Arc<Self>, refused: Option<Way>) -> Result<Way, Failure> {
+        let this = self.clone();
+        let probe = tokio::spawn(async move {
+            let mut known = this.way.lock().await;
+            match &*known {
+                Some(Found::Way(way)) if Some(*way) != refused => return Ok(*way),
+                Some(Found::Failure(failure, at)) if at.elapsed() < PROBE_AGAIN => return Err(failure.clone()),
+                _ => {}
+            }
+            let found = this.probe().await;
+            *known = Some(match &found {
+                Ok(way) => Found::Way(*way),
+                Err(failure) => Found::Failure(failure.clone(), Instant::now()),
+            });
+            found
+        });
+        let limit = self.options.first_token;
+        let found = tokio::time::timeout(limit, probe).await;
+        found
+            .map_err(|_| Failure::Stalled(limit))?
+            .unwrap_or(Err(Failure::CutOff))
     }
 
     /// Finds out whether the server continues the last message, and how it wants to be told.
@@ -340,10 +365,7 @@ impl Upstream {
                     // Another style would be taken as well, and ignored as well.
                     break;
                 }
-                Err(Failure::Refused {
-                    status: 400 | 404 | 422,
-                    ..
-                }) => {}
+                Err(Failure::Refused { status: 400 | 422, .. }) => {}
                 Err(failure) => return Err(failure),
             }
         }

@@ -3,15 +3,13 @@
 //! Each program is pinned to a core of its own where there are two (`taskset`): in reality they run on two machines, and both
 //! runtimes spin while they wait.
 
-use std::{
-    process::Command,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use segue_shared::proto::{Surface, cloud_frame::Body};
 use segue_tests::{
     edge::Edge,
-    programs::{Continuator, command, finish, program},
+    metrics::percentile,
+    programs::{Continuator, command, finish, machine, on_core, two_cores},
 };
 use serde_json::Value;
 
@@ -29,11 +27,6 @@ const ROUNDS: usize = 8;
 const FAST: Duration = Duration::from_millis(10);
 const SLOW: Duration = Duration::from_millis(80);
 
-fn percentile(times: &mut [f64], share: f64) -> f64 {
-    times.sort_unstable_by(f64::total_cmp);
-    times[((times.len() as f64 * share).ceil() as usize).clamp(1, times.len()) - 1]
-}
-
 fn row(name: &str, times: &mut [f64]) {
     if times.is_empty() {
         println!("  {name:<58} {:>8} {:>8}", "-", "-");
@@ -46,29 +39,9 @@ fn row(name: &str, times: &mut [f64]) {
     }
 }
 
-fn pinned() -> bool {
-    let two = std::thread::available_parallelism().is_ok_and(|n| n.get() >= 2);
-    two && Command::new("taskset")
-        .args(["-c", "1", "true"])
-        .status()
-        .is_ok_and(|s| s.success())
-}
-
-fn machine() -> String {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = info
-        .lines()
-        .find_map(|l| l.strip_prefix("model name"))
-        .map_or("unknown", |l| l.trim_start_matches([' ', '\t', ':']));
-    format!(
-        "{name}, {} cores",
-        std::thread::available_parallelism().map_or(0, usize::from)
-    )
-}
-
 #[tokio::main(flavor = "current_thread")]
 async fn main() {
-    let pin = pinned();
+    let pin = two_cores();
     println!(
         "machine: {}; {}",
         machine(),
@@ -81,15 +54,7 @@ async fn main() {
     let args = ["--no-verify", "--threads", "1"];
     let continuator = Continuator::start_with(&args, |command| {
         if pin {
-            let (path, old) = (
-                program("cloud-continuator"),
-                std::mem::replace(command, Command::new("taskset")),
-            );
-            command
-                .args(["-c", "1"])
-                .arg(path)
-                .args(old.get_args())
-                .current_dir(old.get_current_dir().expect("set"));
+            *command = on_core(1, command);
         }
     });
     let mut edge = Edge::connect(&continuator.url, Surface::Revisable).await;
@@ -162,12 +127,7 @@ async fn main() {
     );
     let mut chat = command("edge-agent");
     if pin {
-        let mut taskset = Command::new("taskset");
-        taskset
-            .args(["-c", "0"])
-            .arg(program("edge-agent"))
-            .current_dir(chat.get_current_dir().expect("set"));
-        chat = taskset;
+        chat = on_core(0, &chat);
     }
     chat.args(["chat", "--server", &continuator.url, "--output", "jsonl"]);
     let input: String = TURNS

@@ -33,6 +33,10 @@ use crate::{
 
 /// Tokens of one batch at most.
 pub const BATCH: usize = 512;
+/// Tokens of a committed opener that are read whatever the pace.
+const AT_ONCE: usize = 8;
+/// How long to wait for what follows from an opener's scores.
+const VERDICT: Duration = Duration::from_millis(1);
 /// Room for an opener that is not known yet, in tokens.
 const OPENER_ROOM: usize = 48;
 /// A turn generates only while its event queue has this much room; one token makes at most two events.
@@ -195,7 +199,23 @@ impl<'m> Engine<'m> {
             }
             self.reap();
             self.admit();
+            if self.report() {
+                self.hear_verdicts(commands);
+            }
             self.advance();
+        }
+    }
+
+    /// Opener scores have just been reported. What follows from them takes much less time than the step that would begin now.
+    fn hear_verdicts(&mut self, commands: &Receiver<Command>) {
+        let until = Instant::now() + VERDICT;
+        let undecided = |slot: &Slot| slot.active.as_ref().is_some_and(|a| a.phase == Phase::Scored);
+        while self.slots.iter().any(undecided) {
+            let left = until.saturating_duration_since(Instant::now());
+            let Ok(command) = commands.recv_timeout(left) else {
+                return;
+            };
+            self.take(command);
         }
     }
 
@@ -332,10 +352,9 @@ impl<'m> Engine<'m> {
 
     // --- one step ---
 
-    /// Reports what is ready, samples, and decodes one batch.
+    /// Samples, and decodes one batch.
     fn advance(&mut self) {
         for n in 0..self.slots.len() {
-            self.report(n);
             self.sample(n);
         }
         self.batch.clear();
@@ -346,23 +365,31 @@ impl<'m> Engine<'m> {
                 .as_ref()
                 .is_some_and(|a| a.phase == Phase::Generating && a.usage.generated > 0)
         };
-        let running = self.slots.iter().filter(|slot| generating(slot)).count();
+        // A turn whose reader is slow gets no token, and so needs no consideration.
+        let decodes = |slot: &Slot| generating(slot) && !slot.sequence.pending().is_empty();
+        let running = self.slots.iter().filter(|slot| decodes(slot)).count();
         let mut budget = if running > 0 { self.pace.budget() } else { BATCH };
-        // Running turns first, then readers by turns, of these first the ones whose openers are committed.
+        // Running turns first, then readers in the order in which they came, but first the ones whose openers are committed.
         let speaks = |slot: &Slot| slot.active.as_ref().is_some_and(|a| a.phase != Phase::Reading);
         let mut order: Vec<usize> = (0..self.slots.len())
             .filter(|n| self.slots[*n].active.is_some())
             .collect();
         order.sort_by_key(|n| {
             let slot = &self.slots[*n];
-            (!generating(slot), !speaks(slot), slot.used)
+            let id = slot.active.as_ref().map(|a| a.id);
+            (!generating(slot), !speaks(slot), id)
         });
         let (mut decoding, mut readers) = (0, 0);
         for n in order {
             let slot = &self.slots[n];
             let (from, at) = (slot.sequence.cached().len(), self.batch.n_tokens() as usize);
             readers += usize::from(!generating(slot) && !slot.sequence.pending().is_empty());
-            let most = if generating(slot) { 1 } else { budget };
+            let most = match (generating(slot), speaks(slot)) {
+                (true, _) => 1,
+                // The rest of a committed opener is a few tokens, and somebody waits for it.
+                (false, true) => budget.max(AT_ONCE),
+                (false, false) => budget,
+            };
             let count = slot.sequence.pending().len().min(most).min(BATCH - at);
             for (m, token) in slot.sequence.pending()[..count].iter().enumerate() {
                 let logits = slot.sequence.needs_logits(from + m);
@@ -376,7 +403,7 @@ impl<'m> Engine<'m> {
                 if generating(slot) {
                     decoding += 1;
                 } else {
-                    budget -= count;
+                    budget = budget.saturating_sub(count);
                 }
             }
         }
@@ -419,19 +446,13 @@ impl<'m> Engine<'m> {
         }
     }
 
-    /// Tells a turn what it waits for: that its prompt is read, or its opener's scores.
-    fn report(&mut self, n: usize) {
-        let slot = &mut self.slots[n];
-        let Some(active) = &mut slot.active else { return };
-        if !active.prefilled && slot.sequence.cached().len() >= active.prompt.len() {
-            active.prefilled = true;
-            let _ = active.events.try_send(Event::Prefilled);
+    /// Tells turns what they wait for: that the prompt is read, or the opener's scores. Returns whether there were scores.
+    fn report(&mut self) -> bool {
+        let mut scored = false;
+        for slot in &mut self.slots {
+            scored |= report(slot);
         }
-        if active.phase == Phase::Committed && slot.sequence.tail().is_some() {
-            active.phase = Phase::Scored;
-            active.usage.opener = slot.sequence.scores().len() as u32;
-            let _ = active.events.try_send(Event::Scored(slot.sequence.scores().to_vec()));
-        }
+        scored
     }
 
     /// Chooses the next token of a turn that generates and sends its text at once; the token is decoded with the next batch.
@@ -515,6 +536,21 @@ impl<'m> Engine<'m> {
             })
             .collect()
     }
+}
+
+fn report(slot: &mut Slot) -> bool {
+    let Some(active) = &mut slot.active else { return false };
+    if !active.prefilled && slot.sequence.cached().len() >= active.prompt.len() {
+        active.prefilled = true;
+        let _ = active.events.try_send(Event::Prefilled);
+    }
+    let scored = active.phase == Phase::Committed && slot.sequence.tail().is_some();
+    if scored {
+        active.phase = Phase::Scored;
+        active.usage.opener = slot.sequence.scores().len() as u32;
+        let _ = active.events.try_send(Event::Scored(slot.sequence.scores().to_vec()));
+    }
+    scored
 }
 
 fn sequence_id(slot: usize) -> i32 {

@@ -132,7 +132,7 @@ fn chat(options: &Options, request: &Request, more: &str) -> Value {
             None => said.push(message.clone()),
         }
     }
-    let system = (!options.system_prompt.is_empty()).then(|| ("system", options.system_prompt.as_str()));
+    let system = (!options.system_prompt.is_empty()).then_some(("system", options.system_prompt.as_str()));
     let said = said
         .iter()
         .map(|m| (if m.assistant { "assistant" } else { "user" }, m.text.as_str()));

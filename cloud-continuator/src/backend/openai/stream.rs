@@ -15,8 +15,8 @@ use tokio_stream::{Stream, StreamExt};
 
 use crate::backend::{Failure, Finish};
 
-/// Longest line, in bytes; a token's has a few hundred, a whole reply's (from a server that does not stream) some ten thousand.
-const LINE_BYTES: usize = 1 << 20;
+/// Largest event, in bytes; a token's has a few hundred, a whole reply's (from a server that does not stream) some ten thousand.
+const EVENT_BYTES: usize = 1 << 20;
 /// Longest message of an error that is passed on, in characters.
 const MESSAGE: usize = 300;
 /// How long to wait for the usage, and the end, once the reply is complete.
@@ -49,7 +49,7 @@ pub enum Piece {
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Body {
-    choices: Vec<Choice>,
+    choices: Option<Vec<Choice>>,
     usage: Option<UsageBody>,
     error: Option<Value>,
 }
@@ -66,7 +66,30 @@ struct Choice {
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Content {
-    content: Option<String>,
+    content: Option<Text>,
+}
+
+/// Mostly a string; models that think out loud may write a list of parts, of which only some are the reply's.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Text {
+    Whole(String),
+    Parts(Vec<Part>),
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Part {
+    text: Option<String>,
+}
+
+impl From<Text> for String {
+    fn from(text: Text) -> Self {
+        match text {
+            Text::Whole(text) => text,
+            Text::Parts(parts) => parts.into_iter().filter_map(|part| part.text).collect(),
+        }
+    }
 }
 
 #[derive(Default, Deserialize)]
@@ -93,8 +116,12 @@ pub fn pieces(data: &str) -> Result<Vec<Piece>, Failure> {
         return Err(refused(200, error));
     }
     let mut pieces = Vec::new();
-    for choice in body.choices.into_iter().take(1) {
-        let text = choice.delta.or(choice.message).and_then(|c| c.content);
+    for choice in body.choices.into_iter().flatten().take(1) {
+        let text = choice
+            .delta
+            .or(choice.message)
+            .and_then(|c| c.content)
+            .map(String::from);
         pieces.push(text.filter(|t| !t.is_empty()).map_or(Piece::Life, Piece::Text));
         match choice.finish_reason.as_deref() {
             None | Some("") => {}
@@ -142,6 +169,12 @@ fn refused(status: u16, error: &Value) -> Failure {
         .get("code")
         .and_then(Value::as_u64)
         .and_then(|n| u16::try_from(n).ok());
+    // What is said about a refused key may quote it.
+    let message = if matches!(status, 401 | 403) {
+        "(the API key is refused)"
+    } else {
+        message
+    };
     Failure::Refused {
         status: if status == 200 { code.unwrap_or(status) } else { status },
         message: message.chars().take(MESSAGE).collect(),
@@ -178,7 +211,8 @@ impl Answer {
             .is_none_or(|kind| !kind.as_bytes().starts_with(b"application/json"));
         let mut bounded = Bounded {
             bytes: Box::pin(response.bytes_stream()),
-            since_line: 0,
+            since_event: 0,
+            in_line: false,
         };
         let mut queue = VecDeque::new();
         if !streams {
@@ -188,6 +222,9 @@ impl Answer {
                 .map_err(|_| Failure::Stalled(stall))?
             {
                 whole.extend_from_slice(&bytes.map_err(|_| Failure::CutOff)?);
+                if whole.len() > EVENT_BYTES {
+                    return Err(Failure::CutOff);
+                }
             }
             queue.extend(pieces(&String::from_utf8_lossy(&whole))?);
         }
@@ -235,10 +272,11 @@ impl Answer {
     }
 }
 
-/// Bytes of which no line may have too many: a peer must not fill our memory.
+/// Bytes of which no event may have too many: a peer must not fill our memory.
 struct Bounded {
     bytes: Bytes,
-    since_line: usize,
+    since_event: usize,
+    in_line: bool,
 }
 
 impl Stream for Bounded {
@@ -250,9 +288,17 @@ impl Stream for Bounded {
             None => None,
             Some(Err(_)) => Some(Err(TooLong)),
             Some(Ok(bytes)) => {
-                let since = bytes.iter().rev().position(|b| *b == b'\n');
-                self.since_line = since.unwrap_or(self.since_line + bytes.len());
-                Some(if self.since_line > LINE_BYTES {
+                for byte in &bytes {
+                    match byte {
+                        // An empty line ends an event.
+                        b'\n' if !self.in_line => self.since_event = 0,
+                        b'\n' => self.in_line = false,
+                        b'\r' => {}
+                        _ => self.in_line = true,
+                    }
+                    self.since_event += 1;
+                }
+                Some(if self.since_event > EVENT_BYTES {
                     Err(TooLong)
                 } else {
                     Ok(bytes)
@@ -313,6 +359,11 @@ mod tests {
                 ],
             ),
             (r#"{"object":"keepalive"}"#, vec![]),
+            (r#"{"choices":null}"#, vec![]),
+            (
+                r#"{"choices":[{"delta":{"content":[{"type":"thinking","thinking":[{"text":"Hm"}]},{"type":"text","text":" So"}]}}]}"#,
+                vec![text(" So")],
+            ),
         ] {
             assert_eq!(pieces(data).unwrap(), wanted, "{data}");
         }

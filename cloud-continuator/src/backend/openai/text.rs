@@ -197,9 +197,25 @@ impl Rejoin {
         match self {
             // The beginning of a repetition, and nothing new.
             Rejoin::Follow { held, .. } => std::mem::take(held),
-            Rejoin::Again { seam, settled, .. } => {
-                let rest = seam.finish();
-                if *settled { rest } else { String::new() }
+            Rejoin::Again {
+                seam, settled: true, ..
+            } => seam.finish(),
+            Rejoin::Again {
+                seam,
+                prefix,
+                tail,
+                held,
+                ..
+            } => {
+                held.push_str(&seam.finish());
+                if let Some(rest) = held.strip_prefix(tail.as_str()) {
+                    return rest.to_owned();
+                }
+                if tail.starts_with(held.as_str()) {
+                    return String::new();
+                }
+                let mut seam = Seam::new(prefix);
+                seam.push(held) + &seam.finish()
             }
         }
     }
@@ -285,6 +301,18 @@ mod tests {
             prop_assume!(segue_shared::seam::join(&head, &said) == reply);
             let rejoined = fed(&said, size, &mut |p| again.push(p)) + &again.finish();
             prop_assert_eq!(format!("{prefix}{rejoined}"), reply);
+        }
+    }
+
+    #[test]
+    fn a_word_that_was_said_before_is_not_taken_for_an_echo() {
+        for (prefix, said, whole) in [
+            ("Tea is better than no t", "tea.", "Tea is better than no tea."),
+            ("It is a cat and a c", "cat.", "It is a cat and a cat."),
+        ] {
+            let (_, mut again) = Rejoin::again(prefix);
+            let text = fed(said, 1, &mut |p| again.push(p)) + &again.finish();
+            assert_eq!(format!("{prefix}{text}"), whole);
         }
     }
 

@@ -107,7 +107,8 @@ impl Serving {
                         warm_up = None;
                         // A warm-up that failed is no reason to fail: the turn itself will tell.
                         if let Ok(counted) = tokens {
-                            self.usage.wasted += counted.completion.max(1);
+                            self.usage.prompt = counted.prompt;
+                            self.usage.wasted = self.usage.wasted.saturating_add(counted.completion.max(1));
                             self.send(Event::Prefilled).await;
                         }
                         continue;
@@ -136,7 +137,7 @@ impl Serving {
                 biased;
                 input = inputs.recv() => {
                     // Something else is wanted: dropping the request cancelled it.
-                    self.usage.wasted += self.usage.generated;
+                    self.usage.wasted = self.usage.wasted.saturating_add(self.usage.generated);
                     next = Some(input.unwrap_or(Input::Close));
                 }
                 result = self.generate(&asked).instrument(span.clone()) => {
@@ -170,7 +171,7 @@ impl Serving {
                     status: 400 | 422,
                     message,
                 }) if !last && self.usage.generated == 0 && self.upstream.options.mode == super::Mode::Auto => {
-                    let now = self.upstream.probe_again(way).await?;
+                    let now = self.upstream.probed(Some(way)).await?;
                     if now == way {
                         return Err(Failure::Refused { status: 400, message });
                     }
@@ -210,6 +211,9 @@ impl Serving {
         while let Some(piece) = answer.next().await? {
             match piece {
                 Piece::Text(text) => {
+                    if self.usage.generated >= self.request.parameters.max_tokens {
+                        return Ok(Finish::Length); // a server that has not understood the limit
+                    }
                     self.usage.generated += 1;
                     let (text, stopped) = stop.push(&shown.push(text));
                     self.text(text).await;

@@ -1,0 +1,336 @@
+//! The embedded engine under many turns, beside llama.cpp's own `llama-batched-bench` with the same file and threads.
+
+use std::{
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use segue_shared::proto::{GenerationParameters, Message, Role, StartTurn, Surface, Usage, cloud_frame::Body};
+use segue_tests::{
+    edge::{Edge, commit, reply},
+    llama_server::model,
+    metrics::percentile,
+    programs::{Continuator, machine, root},
+};
+use tokio::task::JoinSet;
+
+const LEVELS: [usize; 4] = [1, 4, 16, 32];
+const TOKENS: u32 = 64;
+/// Rounds at every level, ours and llama.cpp's in turn; the best of each counts, as the machine may be busy elsewhere.
+const ROUNDS: usize = 3;
+
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+fn question(text: String, max_tokens: u32) -> StartTurn {
+    StartTurn {
+        user_text: text,
+        parameters: Some(GenerationParameters {
+            max_tokens,
+            ..GenerationParameters::default()
+        }),
+        ..StartTurn::default()
+    }
+}
+
+/// A turn that generates long: when its chunks came, and what it took.
+async fn story(edge: &mut Edge, id: u64, text: String, max_tokens: u32) -> (Vec<Instant>, Usage, String) {
+    let start = StartTurn {
+        turn_id: id,
+        ..question(text, max_tokens)
+    };
+    edge.send(start).await;
+    edge.send(commit(id, "")).await;
+    let (mut times, mut frames) = (Vec::new(), Vec::new());
+    loop {
+        let body = edge.next().await;
+        match &body {
+            Body::Chunk(_) => times.push(Instant::now()),
+            Body::EndTurn(end) => {
+                let usage = end.usage.unwrap_or_default();
+                return (
+                    times,
+                    usage,
+                    reply("", &frames, segue_shared::reply_log::Surface::Revisable),
+                );
+            }
+            other => panic!("{other:?}"),
+        }
+        frames.push(body);
+    }
+}
+
+/// Tokens a second of `turns` turns while all of them generate.
+async fn throughput(url: &str, turns: usize) -> f64 {
+    let mut running = JoinSet::new();
+    for n in 0..turns {
+        let mut edge = Edge::connect(url, Surface::Revisable).await;
+        running.spawn(async move {
+            let text = format!("{n}: Tell me a very long story about the sea, with many chapters.");
+            story(&mut edge, 1, text, TOKENS).await.0
+        });
+    }
+    let times = running.join_all().await;
+    let from = times.iter().filter_map(|t| t.first()).max().expect("there are turns");
+    let to = times.iter().filter_map(|t| t.last()).min().expect("there are turns");
+    let tokens = times.iter().flatten().filter(|t| *t > from && *t <= to).count();
+    tokens as f64 / to.duration_since(*from).as_secs_f64()
+}
+
+/// The same of llama.cpp's own bench; `None` where it is not built.
+fn batched_bench(turns: usize) -> Option<f64> {
+    let bench = root().join(".segue/llama.cpp/0.3.36/bin/llama-batched-bench");
+    let threads = threads().to_string();
+    let out = Command::new(bench)
+        .args([
+            "-c",
+            "8192",
+            "-b",
+            "512",
+            "-ub",
+            "512",
+            "-kvu",
+            "-npp",
+            "32",
+            "-ntg",
+            &TOKENS.to_string(),
+        ])
+        .args([
+            "-npl",
+            &turns.to_string(),
+            "-t",
+            &threads,
+            "-tb",
+            &threads,
+            "--output-format",
+            "jsonl",
+            "-m",
+        ])
+        .arg(model())
+        .env("OMP_WAIT_POLICY", "passive")
+        .output()
+        .ok()?;
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    let line = text.lines().find(|l| l.starts_with('{'))?;
+    serde_json::from_str::<serde_json::Value>(line).ok()?["speed_tg"].as_f64()
+}
+
+fn serve(slots: usize) -> Continuator {
+    let slots = slots.to_string();
+    Continuator::start(&[
+        "--slots",
+        &slots,
+        "--layout",
+        "chat",
+        "--no-verify",
+        "--context",
+        "8192",
+    ])
+}
+
+async fn levels() {
+    println!(
+        "\n  {:<10} {:>16} {:>22} {:>8}",
+        "turns", "Segue (tokens/s)", "llama-batched-bench", "ratio"
+    );
+    for turns in LEVELS {
+        let (mut ours, mut theirs) = (0.0f64, None::<f64>);
+        for _ in 0..ROUNDS {
+            let continuator = serve(turns);
+            ours = ours.max(throughput(&continuator.url, turns).await);
+            drop(continuator);
+            let speed = tokio::task::spawn_blocking(move || batched_bench(turns))
+                .await
+                .expect("it runs");
+            theirs = speed.map(|s| s.max(theirs.unwrap_or(0.0)));
+        }
+        match theirs {
+            Some(theirs) => println!("  {turns:<10} {ours:>16.1} {theirs:>22.1} {:>8.2}", ours / theirs),
+            None => println!("  {turns:<10} {ours:>16.1} {:>22} {:>8}", "not built", "-"),
+        }
+    }
+}
+
+/// Keeps `turns` turns running, each begun anew when it ends; returns the gaps between their tokens, with when they ended.
+fn crowd(url: &str, turns: usize, until: Instant) -> JoinSet<Vec<(Instant, f64)>> {
+    let mut running = JoinSet::new();
+    for n in 0..turns {
+        let url = url.to_owned();
+        running.spawn(async move {
+            let mut edge = Edge::connect(&url, Surface::Revisable).await;
+            let (mut gaps, mut id) = (Vec::new(), 0);
+            while Instant::now() < until {
+                id += 1;
+                let text = format!("{n}.{id}: Tell me a very long story about the sea, with many chapters.");
+                let (times, ..) = story(&mut edge, id, text, 200).await;
+                gaps.extend(
+                    times
+                        .windows(2)
+                        .map(|w| (w[1], w[1].duration_since(w[0]).as_secs_f64() * 1e3)),
+                );
+            }
+            gaps
+        });
+    }
+    running
+}
+
+/// Commit to first text among 16 running turns, with the opener said word by word before.
+async fn handoff() {
+    let continuator = serve(20);
+    let until = Instant::now() + Duration::from_secs(60);
+    let running = crowd(&continuator.url, 16, until);
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let mut edge = Edge::connect(&continuator.url, Surface::Revisable).await;
+    let mut waits = Vec::new();
+    let opener = "To make a good cup of tea,";
+    for id in 1.. {
+        if Instant::now() + Duration::from_secs(4) > until {
+            break;
+        }
+        edge.send(StartTurn {
+            turn_id: id,
+            ..question(format!("{id}. How do I make a cup of tea?"), 8)
+        })
+        .await;
+        let mut at = 0;
+        for word in opener.split_inclusive(' ') {
+            // As fast as people read aloud.
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            edge.delta(id, at as u32, word).await;
+            at += word.len();
+        }
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let committed = Instant::now();
+        edge.commit(id, opener).await;
+        while !matches!(edge.next().await, Body::Chunk(_)) {}
+        waits.push(committed.elapsed().as_secs_f64() * 1e3);
+        edge.rest(id).await;
+    }
+    let mut steps: Vec<f64> = running
+        .join_all()
+        .await
+        .into_iter()
+        .flatten()
+        .map(|(_, gap)| gap)
+        .collect();
+    let step = percentile(&mut steps, 0.5);
+    println!(
+        "\n  commit to first text with 16 turns running ({} turns; a decode step takes {step:.1} ms)",
+        waits.len()
+    );
+    for share in [0.5, 0.95] {
+        let wait = percentile(&mut waits, share);
+        println!(
+            "    p{:<4} {wait:>8.1} ms {:>8.2} decode steps",
+            share * 100.0,
+            wait / step
+        );
+    }
+}
+
+/// The pace of four running turns while somebody's prompt of 1,000 tokens is read.
+async fn long_prompt() {
+    let continuator = serve(8);
+    let until = Instant::now() + Duration::from_secs(20);
+    let running = crowd(&continuator.url, 4, until + Duration::from_secs(15));
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    let mut edge = Edge::connect(&continuator.url, Surface::Revisable).await;
+    let history = Message {
+        role: Role::User.into(),
+        text: "the sea is deep and blue and ".repeat(140),
+    };
+    let begin = Instant::now();
+    edge.send(StartTurn {
+        turn_id: 1,
+        history: vec![history],
+        ..question("Why?".into(), 8)
+    })
+    .await;
+    edge.send(commit(1, "")).await;
+    while !matches!(edge.next().await, Body::Chunk(_)) {}
+    let end = Instant::now();
+    let usage = edge
+        .rest(1)
+        .await
+        .into_iter()
+        .find_map(|f| if let Body::EndTurn(e) = f { e.usage } else { None });
+    let gaps: Vec<(Instant, f64)> = running.join_all().await.into_iter().flatten().collect();
+    let mean = |gaps: Vec<f64>| gaps.iter().sum::<f64>() / gaps.len().max(1) as f64;
+    let during: Vec<f64> = gaps
+        .iter()
+        .filter(|(at, _)| *at > begin && *at < end)
+        .map(|g| g.1)
+        .collect();
+    let before: Vec<f64> = gaps
+        .iter()
+        .filter(|(at, _)| *at < begin && *at > begin - Duration::from_secs(5))
+        .map(|g| g.1)
+        .collect();
+    let (before, mut sorted, during) = (mean(before), during.clone(), mean(during));
+    println!(
+        "\n  time between two tokens of 4 running turns while a prompt of {} tokens is read (in {:.1} s)",
+        usage.map_or(0, |u| u.prompt_tokens),
+        (end - begin).as_secs_f64()
+    );
+    println!(
+        "    before {before:.1} ms, during {during:.1} ms (p95 {:.1}): {:+.0} %",
+        percentile(&mut sorted, 0.95),
+        100.0 * (during / before - 1.0)
+    );
+}
+
+/// The share of tokens found in the cache, of those that the turn before had left there.
+async fn cache() {
+    let continuator = serve(4);
+    let mut edge = Edge::connect(&continuator.url, Surface::Revisable).await;
+    let mut history: Vec<Message> = Vec::new();
+    let (mut hits, mut possible, mut left) = (0, 0, 0);
+    for (id, topic) in [
+        "tea", "rain", "bread", "cats", "the moon", "trains", "soap", "rivers", "honey", "snow",
+    ]
+    .iter()
+    .enumerate()
+    {
+        let text = format!("Tell me about {topic}.");
+        let start = StartTurn {
+            turn_id: id as u64 + 1,
+            history: history.clone(),
+            ..question(text.clone(), 40)
+        };
+        edge.send(start).await;
+        let opener = format!("Well, {topic}");
+        edge.send(commit(id as u64 + 1, &opener)).await;
+        let frames = edge.rest(id as u64 + 1).await;
+        let Some(Body::EndTurn(end)) = frames.last() else {
+            panic!("{frames:?}")
+        };
+        let usage = end.usage.expect("an end has usage");
+        if id > 0 {
+            hits += usage.cached_tokens.min(left);
+            possible += left;
+        }
+        left = usage.prompt_tokens + usage.opener_tokens + usage.generated_tokens;
+        let said = reply(&opener, &frames, segue_shared::reply_log::Surface::Revisable);
+        for (role, text) in [(Role::User, text), (Role::Assistant, said)] {
+            history.push(Message {
+                role: role.into(),
+                text,
+            });
+        }
+    }
+    println!(
+        "\n  cache hits over a conversation of 10 turns: {hits} of {possible} tokens that were there, {:.1} %",
+        100.0 * f64::from(hits) / f64::from(possible)
+    );
+}
+
+#[tokio::main(flavor = "multi_thread", worker_threads = 1)]
+async fn main() {
+    println!("machine: {}; {} threads for either engine", machine(), threads());
+    levels().await;
+    handoff().await;
+    long_prompt().await;
+    cache().await;
+}

@@ -1,0 +1,221 @@
+//! The continuator as a proxy under load: many edges, each with a turn that an upstream of ours feeds with tokens.
+//!
+//! Continuator on one core; edges and upstream on another. Every token carries the time at which the upstream wrote it.
+
+use std::{
+    process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use clap::Parser;
+use segue_shared::proto::{Surface, cloud_frame::Body};
+use segue_tests::{
+    edge::Edge,
+    metrics::{Memory, percentile},
+    programs::{Continuator, cpu, machine, on_core, two_cores},
+    upstream,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    task::JoinSet,
+};
+
+/// Puts a continuator under load, and prints what it takes.
+#[derive(Parser)]
+struct Options {
+    /// Streams, each with a connection of its own.
+    #[arg(long, default_value_t = 1500)]
+    streams: usize,
+    /// Tokens a second and stream.
+    #[arg(long, default_value_t = 20.0)]
+    rate: f64,
+    /// How long to measure, in seconds.
+    #[arg(long, default_value_t = 20)]
+    seconds: u64,
+}
+
+/// The upstream: a token for every stream once a period, each at a time of its own.
+struct Feed {
+    born: Instant,
+    period: Duration,
+    stop: AtomicBool,
+    streams: AtomicUsize,
+}
+
+impl Feed {
+    async fn serve(self: Arc<Self>, listener: TcpListener) {
+        let mut connections = JoinSet::new();
+        while let Ok((stream, _)) = listener.accept().await {
+            let _ = stream.set_nodelay(true);
+            connections.spawn(self.clone().answer(stream));
+        }
+    }
+
+    async fn answer(self: Arc<Self>, mut stream: TcpStream) {
+        let mut buffer = vec![0; 16 << 10];
+        while let Ok(read @ 1..) = stream.read(&mut buffer).await {
+            if buffer[..read].starts_with(b"GET") {
+                let _ = stream.write_all(&upstream::whole(200, &[], "{}")).await;
+                continue;
+            }
+            if stream.write_all(&upstream::head()).await.is_err() {
+                return;
+            }
+            // Spread over the period, as turns of different people are.
+            let n = self.streams.fetch_add(1, Ordering::SeqCst) as u32;
+            let mut next = tokio::time::Instant::now() + self.period * (n % 97) / 97;
+            while !self.stop.load(Ordering::Relaxed) {
+                tokio::time::sleep_until(next).await;
+                next += self.period;
+                let token = upstream::delta(&format!(" {}", self.born.elapsed().as_micros()));
+                if stream.write_all(&token).await.is_err() {
+                    return;
+                }
+            }
+            let _ = stream.write_all(&upstream::end("stop")).await;
+        }
+    }
+}
+
+/// One edge with a turn: microseconds from the upstream's write to the chunk's arrival, of tokens within the time that is measured.
+async fn talk(mut edge: Edge, feed: Arc<Feed>, from: Instant) -> Vec<u32> {
+    edge.start(1, "Count.").await;
+    edge.commit(1, "Here are the numbers").await;
+    let mut delays = Vec::new();
+    loop {
+        match edge.next().await {
+            Body::Chunk(chunk) => {
+                let now = feed.born.elapsed().as_micros() as u64;
+                let sent = chunk
+                    .text
+                    .split_whitespace()
+                    .next_back()
+                    .and_then(|t| t.parse::<u64>().ok());
+                if let Some(sent) = sent.filter(|_| Instant::now() > from) {
+                    delays.push(now.saturating_sub(sent) as u32);
+                }
+            }
+            Body::EndTurn(_) => return delays,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() {
+    let options = Options::parse();
+    let pinned = two_cores();
+    if pinned {
+        let _ = Command::new("taskset")
+            .args(["-pc", "0", &std::process::id().to_string()])
+            .output();
+    }
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
+    let config = std::env::temp_dir().join(format!("segue-load-{}.toml", std::process::id()));
+    let text = format!(
+        "[directives]\nverify = false\n[limits]\nturn = \"10m\"\n[[backend]]\nkind = \"openai\"\nbase_url = \"http://{}/v1\"\nmodel = \"m\"\nmode = \"prefill\"\nwarm_up = false\n",
+        listener.local_addr().expect("it is bound")
+    );
+    std::fs::write(&config, text).expect("the temporary folder can be written");
+    let feed = Arc::new(Feed {
+        born: Instant::now(),
+        period: Duration::from_secs_f64(1.0 / options.rate),
+        stop: AtomicBool::new(false),
+        streams: AtomicUsize::new(0),
+    });
+    let server = tokio::spawn(feed.clone().serve(listener));
+    let path = config.to_str().expect("a path of ours").to_owned();
+    let started = tokio::task::spawn_blocking(move || {
+        Continuator::start_with(&["--config", &path], |command| {
+            if pinned {
+                *command = on_core(1, command);
+            }
+        })
+    });
+    let continuator = started.await.expect("the continuator starts");
+    let memory = || Memory::of(continuator.id());
+
+    let before = memory();
+    let mut edges = Vec::new();
+    for _ in 0..options.streams {
+        edges.push(Edge::connect(&continuator.url, Surface::Revisable).await);
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let idle = memory();
+    let from = Instant::now() + Duration::from_secs(5);
+    let mut turns = JoinSet::new();
+    for edge in edges {
+        turns.spawn(talk(edge, feed.clone(), from));
+    }
+    tokio::time::sleep_until(from.into()).await;
+    let (cloud, own) = (continuator.cpu(), cpu(std::process::id()));
+    let began = Instant::now();
+    tokio::time::sleep(Duration::from_secs(options.seconds)).await;
+    let took = began.elapsed();
+    let (cloud, own) = (continuator.cpu() - cloud, cpu(std::process::id()) - own);
+    let active = memory();
+    feed.stop.store(true, Ordering::Relaxed);
+    let mut delays: Vec<f64> = Vec::new();
+    while let Some(more) = turns.join_next().await {
+        delays.extend(
+            more.expect("a turn ends well")
+                .into_iter()
+                .map(|micros| f64::from(micros) / 1e3),
+        );
+    }
+    server.abort();
+    let _ = std::fs::remove_file(config);
+
+    println!(
+        "machine: {}; {}\n",
+        machine(),
+        if pinned {
+            "continuator on core 1, edges and upstream on core 0"
+        } else {
+            "not pinned"
+        }
+    );
+    let n = options.streams as f64;
+    let rate = delays.len() as f64 / took.as_secs_f64();
+    let kib = |later: Memory, earlier: Memory| (later.resident as f64 - earlier.resident as f64) / 1024.0 / n;
+    println!(
+        "  {:<46} {:>10}",
+        "streams, each with a connection of its own", options.streams
+    );
+    println!("  {:<46} {:>10.0}", "tokens a second through the continuator", rate);
+    println!(
+        "  {:<46} {:>10.1}",
+        "CPU of the continuator's core (%)",
+        100.0 * cloud / took.as_secs_f64()
+    );
+    println!(
+        "  {:<46} {:>10.1}",
+        "CPU of edges and upstream, on theirs (%)",
+        100.0 * own / took.as_secs_f64()
+    );
+    println!(
+        "  {:<46} {:>10.1}",
+        "CPU a token (us)",
+        cloud * 1e6 / took.as_secs_f64() / rate
+    );
+    println!(
+        "  {:<46} {:>10.0}",
+        "so that one core carries, in streams",
+        took.as_secs_f64() / cloud * n
+    );
+    for share in [0.5, 0.99, 0.999] {
+        let name = format!("upstream's write to edge's read, p{} (ms)", share * 100.0);
+        println!("  {name:<46} {:>10.2}", percentile(&mut delays, share));
+    }
+    println!("  {:<46} {:>10.1}", "memory an idle stream (KiB)", kib(idle, before));
+    println!(
+        "  {:<46} {:>10.1}",
+        "memory an active stream (KiB)",
+        kib(active, before)
+    );
+}
