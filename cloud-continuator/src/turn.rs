@@ -1,16 +1,18 @@
 //! One turn at the continuator, as a pure state machine: events in, effects out; no clock, no socket.
 
-use std::time::Duration;
+mod events;
 
 use segue_shared::{
-    proto::{self, CloudFrame, DirectiveReason, TurnError},
+    proto::{self, DirectiveReason},
     reply_log::{Correction, Surface},
     seam::Seam,
     words,
 };
 
+pub use self::events::{Effect, Incoming, Mark, RETRY_AFTER, failed};
+use self::events::{invalid, too_long, unexpected};
 use crate::{
-    backend::{Event, Failure, Finish, Input, Message, Usage},
+    backend::{Event, Input, Message, Usage},
     judge::Control,
     policy,
     verify::{self, Answer, Judged, Thresholds, Verdict, Verifier},
@@ -18,9 +20,6 @@ use crate::{
 
 /// Longest opener or resumed reply text, in bytes; far more than an opener ever has.
 const OPENER_BYTES: usize = 16 << 10;
-
-/// How long an overloaded continuator should be left alone where nothing better is known.
-pub const RETRY_AFTER: Duration = Duration::from_millis(500);
 
 /// What verifying and correcting depend on.
 #[derive(Clone, Copy, Debug, Default)]
@@ -31,72 +30,6 @@ pub struct Judgement {
     pub thresholds: Thresholds,
     /// Which directives may be used.
     pub policy: policy::Settings,
-}
-
-/// What happens to a turn.
-#[derive(Clone, Debug)]
-pub enum Incoming {
-    /// The opener grew at byte `offset`.
-    Delta {
-        /// Where the text stands.
-        offset: usize,
-        /// The words.
-        text: String,
-    },
-    /// The opener is final (empty: none).
-    Commit {
-        /// The committed prefix.
-        prefix: String,
-        /// It was judged in an earlier attempt.
-        resumed: bool,
-    },
-    /// The user has had this many bytes of the reply.
-    Heard(usize),
-    /// The edge could not carry out the directive of this revision; this much was heard.
-    Refused(u32, usize),
-    /// The backend's news.
-    Backend(Event),
-    /// The backend failed, or was late, and another one has opened the turn.
-    Moved,
-}
-
-/// What is to be done about it.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Effect {
-    /// Tell the backend.
-    Backend(Input),
-    /// The backend's turn is over; begin it anew and tell it this.
-    Reopen(Input),
-    /// Send a frame to the edge.
-    Send(CloudFrame),
-    /// Something worth a mark on the trace happened.
-    Mark(Mark),
-    /// The turn is complete.
-    End(Finish, Usage),
-    /// The turn failed.
-    Fail {
-        /// What went wrong.
-        error: TurnError,
-        /// One sentence about it.
-        message: String,
-        /// Whether another try may help.
-        retryable: bool,
-        /// After how long, where that is known.
-        retry_after: Option<Duration>,
-    },
-}
-
-/// Moments of a turn.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Mark {
-    /// The conversation is in the cache.
-    Prefilled,
-    /// The opener was committed.
-    Committed,
-    /// The verdict, and what was decided.
-    Verified(Option<Verdict>, Option<Correction>),
-    /// The first text was sent.
-    FirstText,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -225,7 +158,7 @@ impl Turn {
             ));
         }
         if offset + text.len() > OPENER_BYTES {
-            return too_long();
+            return too_long(OPENER_BYTES);
         }
         self.opener.push_str(text);
         vec![Effect::Backend(Input::Opener(self.opener.trim_end().to_owned()))]
@@ -236,7 +169,7 @@ impl Turn {
             return unexpected("the opener was committed twice");
         }
         if prefix.len() > OPENER_BYTES {
-            return too_long();
+            return too_long(OPENER_BYTES);
         }
         self.length = prefix.len();
         self.opener = prefix;
@@ -526,44 +459,6 @@ fn went_on(control: Control, correction: Option<Correction>) -> bool {
         | (Control::Restart | Control::Revise(0), Some(Correction::Restart))
         | (Control::Revise(_), Some(Correction::Revise { .. })) => true,
         _ => false,
-    }
-}
-
-fn unexpected(message: &str) -> Vec<Effect> {
-    vec![Effect::Fail {
-        error: TurnError::UnexpectedFrame,
-        message: message.into(),
-        retryable: false,
-        retry_after: None,
-    }]
-}
-
-fn too_long() -> Vec<Effect> {
-    invalid(format!("the opener is longer than {OPENER_BYTES} bytes"))
-}
-
-fn invalid(message: String) -> Vec<Effect> {
-    vec![Effect::Fail {
-        error: TurnError::InvalidArgument,
-        message,
-        retryable: false,
-        retry_after: None,
-    }]
-}
-
-/// How a backend's failure is told to the edge.
-pub fn failed(failure: &Failure) -> Effect {
-    let (error, retry_after) = match failure {
-        Failure::ContextTooSmall { .. } => (TurnError::ContextTooSmall, None),
-        Failure::Overloaded { retry_after } => (TurnError::Overloaded, Some(retry_after.unwrap_or(RETRY_AFTER))),
-        Failure::Unavailable(time) => (TurnError::Backend, Some(*time)),
-        _ => (TurnError::Backend, None),
-    };
-    Effect::Fail {
-        error,
-        message: failure.to_string(),
-        retryable: failure.retryable(),
-        retry_after,
     }
 }
 
