@@ -7,7 +7,7 @@ use segue_shared::proto::{
     continuator_service_server::{ContinuatorService, ContinuatorServiceServer},
 };
 use tokio::net::TcpListener;
-use tokio_stream::{Stream, wrappers::ReceiverStream};
+use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream};
 use tonic::{
     Request, Response, Status, Streaming,
     transport::{Server, server::TcpIncoming},
@@ -43,7 +43,7 @@ impl ContinuatorService for Grpc {
             }
             .instrument(tracing::debug_span!("edge", ?edge)),
         );
-        Ok(Response::new(Box::pin(ReceiverStream::new(frames))))
+        Ok(Response::new(Box::pin(ReceiverStream::new(frames).map(|frame| *frame))))
     }
 }
 

@@ -131,7 +131,9 @@ impl Service {
 }
 
 /// Where frames to the edge go. It is bounded: a stream whose reader is slow waits, and with it only its own turns.
-pub type Outgoing = mpsc::Sender<Result<CloudFrame, Status>>;
+///
+/// (Frames are boxed because a channel sets room for 32 of its items aside, for every stream.)
+pub type Outgoing = mpsc::Sender<Box<Result<CloudFrame, Status>>>;
 
 /// Serves one stream until it ends.
 pub async fn converse<S>(service: Arc<Service>, frames: S, out: Outgoing)
@@ -140,9 +142,9 @@ where
 {
     let mut frames = pin!(frames);
     match handshake::greet(&service, frames.as_mut()).await {
-        Err(status) => drop(out.send(Err(status)).await),
+        Err(status) => drop(out.send(Box::new(Err(status))).await),
         Ok((welcome, surface)) => {
-            if out.send(Ok(welcome.into())).await.is_err() {
+            if out.send(Box::new(Ok(welcome.into()))).await.is_err() {
                 return;
             }
             let session = Session {
@@ -153,7 +155,7 @@ where
                 last_turn: 0,
             };
             if let Err(End::Status(status)) = session.run(frames).await {
-                let _ = out.send(Err(status)).await;
+                let _ = out.send(Box::new(Err(status))).await;
             }
         }
     }
@@ -192,6 +194,7 @@ impl Session {
         let mut draining = self.service.draining.clone();
         let mut drained = None;
         let mut leaving = false;
+        let mut timer = pin!(sleep_until(born));
         loop {
             if (leaving || drained.is_some()) && self.turns.values().all(Running::ended) {
                 return Ok(());
@@ -211,6 +214,10 @@ impl Session {
                 .min()
                 .unwrap_or(stream_end)
                 .min(stream_end);
+            // Set anew only when it changes: a timer costs more than the rest of a token's way through here.
+            if timer.deadline() != deadline {
+                timer.as_mut().reset(deadline);
+            }
             let turns = &mut self.turns;
             let events = poll_fn(|context| {
                 for (id, turn) in turns.iter_mut().filter(|(_, turn)| !turn.ended()) {
@@ -229,7 +236,7 @@ impl Session {
             let next = tokio::select! {
                 (id, news) = events => Next::Backend(id, news),
                 frame = frames.next(), if !leaving => Next::Frame(frame),
-                () = sleep_until(deadline) => Next::Deadline,
+                () = timer.as_mut() => Next::Deadline,
                 grace = drain => Next::Drain(grace.unwrap_or_default()),
             };
             match next {
@@ -454,7 +461,7 @@ impl Session {
 
     /// Sends a frame. A reader that takes none for a while is given up: its turns would hold their places for nothing.
     async fn send(&mut self, frame: CloudFrame) -> Result<(), End> {
-        match tokio::time::timeout(SLOW_READER, self.out.send(Ok(frame))).await {
+        match tokio::time::timeout(SLOW_READER, self.out.send(Box::new(Ok(frame)))).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(_)) => Err(End::Gone),
             Err(_) => {

@@ -12,7 +12,7 @@ use std::{
 };
 
 use clap::Parser;
-use segue_shared::proto::{Surface, cloud_frame::Body};
+use segue_shared::proto::{GenerationParameters, StartTurn, Surface, cloud_frame::Body};
 use segue_tests::{
     edge::Edge,
     metrics::{Memory, percentile},
@@ -24,6 +24,9 @@ use tokio::{
     net::{TcpListener, TcpStream},
     task::JoinSet,
 };
+
+/// More tokens than a turn gets in the time.
+const MOST: u32 = 1_000_000;
 
 /// Puts a continuator under load, and prints what it takes.
 #[derive(Parser)]
@@ -84,7 +87,16 @@ impl Feed {
 
 /// One edge with a turn: microseconds from the upstream's write to the chunk's arrival, of tokens within the time that is measured.
 async fn talk(mut edge: Edge, feed: Arc<Feed>, from: Instant) -> Vec<u32> {
-    edge.start(1, "Count.").await;
+    edge.send(StartTurn {
+        turn_id: 1,
+        user_text: "Count.".into(),
+        parameters: Some(GenerationParameters {
+            max_tokens: MOST,
+            ..GenerationParameters::default()
+        }),
+        ..StartTurn::default()
+    })
+    .await;
     edge.commit(1, "Here are the numbers").await;
     let mut delays = Vec::new();
     loop {
@@ -118,7 +130,7 @@ async fn main() {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
     let config = std::env::temp_dir().join(format!("segue-load-{}.toml", std::process::id()));
     let text = format!(
-        "[directives]\nverify = false\n[limits]\nturn = \"10m\"\n[[backend]]\nkind = \"openai\"\nbase_url = \"http://{}/v1\"\nmodel = \"m\"\nmode = \"prefill\"\nwarm_up = false\n",
+        "[directives]\nverify = false\n[limits]\nturn = \"10m\"\ntokens = {MOST}\n[[backend]]\nkind = \"openai\"\nbase_url = \"http://{}/v1\"\nmodel = \"m\"\nmode = \"prefill\"\nwarm_up = false\n",
         listener.local_addr().expect("it is bound")
     );
     std::fs::write(&config, text).expect("the temporary folder can be written");

@@ -7,10 +7,13 @@ use std::{
     time::Duration,
 };
 
-use eventsource_stream::{EventStream, Eventsource};
-use serde::Deserialize;
+use eventsource_stream::{EventStream, EventStreamError, Eventsource};
+use serde::{
+    Deserialize, Deserializer,
+    de::{SeqAccess, Visitor},
+};
 use serde_json::Value;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, Sleep, sleep_until, timeout_at};
 use tokio_stream::{Stream, StreamExt};
 
 use crate::backend::{Failure, Finish};
@@ -70,12 +73,7 @@ struct Content {
 }
 
 /// Mostly a string; models that think out loud may write a list of parts, of which only some are the reply's.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Text {
-    Whole(String),
-    Parts(Vec<Part>),
-}
+struct Text(String);
 
 #[derive(Default, Deserialize)]
 #[serde(default)]
@@ -83,12 +81,10 @@ struct Part {
     text: Option<String>,
 }
 
-impl From<Text> for String {
-    fn from(text: Text) -> Self {
-        match text {
-            Text::Whole(text) => text,
-            Text::Parts(parts) => parts.into_iter().filter_map(|part| part.text).collect(),
-        }
+impl<'de> Deserialize<'de> for Text {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        // (`untagged` would copy every string once more.)
+        deserializer.deserialize_any(TextVisitor)
     }
 }
 
@@ -106,6 +102,32 @@ struct Details {
     cached_tokens: Option<u32>,
 }
 
+struct TextVisitor;
+
+impl<'de> Visitor<'de> for TextVisitor {
+    type Value = Text;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a string or a list of parts")
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Text, E> {
+        Ok(Text(text.to_owned()))
+    }
+
+    fn visit_string<E>(self, text: String) -> Result<Text, E> {
+        Ok(Text(text))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut parts: A) -> Result<Text, A::Error> {
+        let mut text = String::new();
+        while let Some(part) = parts.next_element::<Part>()? {
+            text.push_str(&part.text.unwrap_or_default());
+        }
+        Ok(Text(text))
+    }
+}
+
 /// Takes an event's data apart; `[DONE]` is none.
 ///
 /// # Errors
@@ -121,7 +143,7 @@ pub fn pieces(data: &str) -> Result<Vec<Piece>, Failure> {
             .delta
             .or(choice.message)
             .and_then(|c| c.content)
-            .map(String::from);
+            .map(|text| text.0);
         pieces.push(text.filter(|t| !t.is_empty()).map_or(Piece::Life, Piece::Text));
         match choice.finish_reason.as_deref() {
             None | Some("") => {}
@@ -196,6 +218,8 @@ pub struct Answer {
     queue: VecDeque<Piece>,
     stall: Duration,
     deadline: Instant,
+    /// Fires at the deadline, or before: it is set anew only when it has fired, for a timer costs more than reading an event.
+    timer: Pin<Box<Sleep>>,
     finished: bool,
 }
 
@@ -233,6 +257,7 @@ impl Answer {
             queue,
             stall,
             deadline: first,
+            timer: Box::pin(sleep_until(first)),
             finished: false,
         })
     }
@@ -250,12 +275,12 @@ impl Answer {
                 }
                 return Ok(Some(piece));
             }
-            let event = match timeout_at(self.deadline, self.events.next()).await {
-                Ok(Some(Ok(event))) => event,
+            let event = match self.event().await {
+                Some(Some(Ok(event))) => event,
                 // A complete reply may end in any way.
                 _ if self.finished => return Ok(None),
-                Err(_) => return Err(Failure::Stalled(self.stall)),
-                Ok(_) => return Err(Failure::CutOff),
+                None => return Err(Failure::Stalled(self.stall)),
+                Some(_) => return Err(Failure::CutOff),
             };
             if event.data.trim() == "[DONE]" {
                 if self.finished {
@@ -268,6 +293,26 @@ impl Answer {
             if !self.finished {
                 self.deadline = Instant::now() + self.stall;
             }
+        }
+    }
+}
+
+impl Answer {
+    /// The next event; `None` when it is not there by the deadline.
+    async fn event(&mut self) -> Option<Option<Result<eventsource_stream::Event, EventStreamError<TooLong>>>> {
+        if self.timer.deadline() > self.deadline {
+            self.timer.as_mut().reset(self.deadline);
+        }
+        loop {
+            tokio::select! {
+                biased;
+                event = self.events.next() => return Some(event),
+                () = self.timer.as_mut() => {}
+            }
+            if self.deadline <= Instant::now() {
+                return None;
+            }
+            self.timer.as_mut().reset(self.deadline);
         }
     }
 }

@@ -140,7 +140,7 @@ impl Serving {
                     self.usage.wasted = self.usage.wasted.saturating_add(self.usage.generated);
                     next = Some(input.unwrap_or(Input::Close));
                 }
-                result = self.generate(&asked).instrument(span.clone()) => {
+                result = self.generate(&asked, &span) => {
                     span.record(names::INPUT_TOKENS, self.usage.prompt);
                     span.record(names::CACHED_TOKENS, self.usage.cached);
                     span.record(names::OUTPUT_TOKENS, self.usage.generated);
@@ -162,10 +162,10 @@ impl Serving {
         let _ = self.events.send(event).await;
     }
 
-    async fn generate(&mut self, asked: &Asked) -> Result<Finish, Failure> {
+    async fn generate(&mut self, asked: &Asked, span: &Span) -> Result<Finish, Failure> {
         let mut way = self.upstream.way().await?;
         for last in [false, true] {
-            match self.attempt(asked, way).await {
+            match self.attempt(asked, way, span).await {
                 // The model behind the name may have changed to one that takes no prefill: find out.
                 Err(Failure::Refused {
                     status: 400 | 422,
@@ -183,7 +183,7 @@ impl Serving {
         unreachable!("the last attempt returns")
     }
 
-    async fn attempt(&mut self, asked: &Asked, way: Way) -> Result<Finish, Failure> {
+    async fn attempt(&mut self, asked: &Asked, way: Way, span: &Span) -> Result<Finish, Failure> {
         let options = &self.upstream.options;
         let mut rejoin = None;
         let body = match asked {
@@ -207,7 +207,8 @@ impl Serving {
         };
         let mut stop = StopFilter::new(self.request.parameters.stop.iter().cloned());
         let mut finish = None;
-        let mut answer = self.upstream.ask(&body).await?;
+        // (Entering the span for every token would cost as much as parsing it.)
+        let mut answer = self.upstream.ask(&body).instrument(span.clone()).await?;
         while let Some(piece) = answer.next().await? {
             match piece {
                 Piece::Text(text) => {
