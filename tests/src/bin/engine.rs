@@ -5,6 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use clap::{Parser, ValueEnum};
 use segue_shared::proto::{GenerationParameters, Message, Role, StartTurn, Surface, Usage, cloud_frame::Body};
 use segue_tests::{
     edge::{Edge, commit, reply},
@@ -17,7 +18,7 @@ use tokio::task::JoinSet;
 const LEVELS: [usize; 4] = [1, 4, 16, 32];
 const TOKENS: u32 = 64;
 /// Rounds at every level, ours and llama.cpp's in turn; the best of each counts, as the machine may be busy elsewhere.
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 2;
 
 fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
@@ -160,6 +161,8 @@ fn crowd(url: &str, turns: usize, until: Instant) -> JoinSet<Vec<(Instant, f64)>
         running.spawn(async move {
             let mut edge = Edge::connect(&url, Surface::Revisable).await;
             let (mut gaps, mut id) = (Vec::new(), 0);
+            // Not all at once: people do not ask in chorus.
+            tokio::time::sleep(Duration::from_millis(700) * n as u32).await;
             while Instant::now() < until {
                 id += 1;
                 let text = format!("{n}.{id}: Tell me a very long story about the sea, with many chapters.");
@@ -176,27 +179,22 @@ fn crowd(url: &str, turns: usize, until: Instant) -> JoinSet<Vec<(Instant, f64)>
     running
 }
 
-/// Commit to first text among 16 running turns, with the opener said word by word before.
-async fn handoff() {
-    let continuator = serve(20);
-    let until = Instant::now() + Duration::from_secs(60);
-    let running = crowd(&continuator.url, 16, until);
-    tokio::time::sleep(Duration::from_secs(5)).await;
-    let mut edge = Edge::connect(&continuator.url, Surface::Revisable).await;
+/// Turns of an edge that says its openers as fast as people read aloud: times from commit to first text.
+async fn probe(url: &str, n: u32, until: Instant) -> Vec<f64> {
+    let mut edge = Edge::connect(url, Surface::Revisable).await;
     let mut waits = Vec::new();
     let opener = "To make a good cup of tea,";
     for id in 1.. {
-        if Instant::now() + Duration::from_secs(4) > until {
+        if Instant::now() > until {
             break;
         }
-        edge.send(StartTurn {
+        let start = StartTurn {
             turn_id: id,
-            ..question(format!("{id}. How do I make a cup of tea?"), 8)
-        })
-        .await;
+            ..question(format!("{n}.{id}. How do I make a cup of tea?"), 8)
+        };
+        edge.send(start).await;
         let mut at = 0;
         for word in opener.split_inclusive(' ') {
-            // As fast as people read aloud.
             tokio::time::sleep(Duration::from_millis(300)).await;
             edge.delta(id, at as u32, word).await;
             at += word.len();
@@ -208,6 +206,24 @@ async fn handoff() {
         waits.push(committed.elapsed().as_secs_f64() * 1e3);
         edge.rest(id).await;
     }
+    waits
+}
+
+/// Commit to first text among 16 running turns, with the opener said word by word before.
+async fn handoff() {
+    let continuator = serve(20);
+    let until = Instant::now() + Duration::from_secs(60);
+    let running = crowd(&continuator.url, 16, until);
+    tokio::time::sleep(Duration::from_secs(15)).await;
+    let mut probes = JoinSet::new();
+    for n in 0..3u32 {
+        let url = continuator.url.clone();
+        probes.spawn(async move {
+            tokio::time::sleep(Duration::from_millis(1100) * n).await;
+            probe(&url, n, until - Duration::from_secs(4)).await
+        });
+    }
+    let mut waits: Vec<f64> = probes.join_all().await.into_iter().flatten().collect();
     let mut steps: Vec<f64> = running
         .join_all()
         .await
@@ -326,11 +342,41 @@ async fn cache() {
     );
 }
 
+/// Measures the embedded engine.
+#[derive(Parser)]
+struct Options {
+    /// Only these tables.
+    #[arg(value_enum)]
+    tables: Vec<Table>,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Table {
+    /// Tokens a second of 1 to 32 turns.
+    Levels,
+    /// Commit to first text among 16 running turns.
+    Handoff,
+    /// The pace of running turns while a long prompt is read.
+    Prompt,
+    /// Cache hits over a conversation.
+    Cache,
+}
+
 #[tokio::main(flavor = "multi_thread", worker_threads = 1)]
 async fn main() {
+    let only = Options::parse().tables;
+    let wanted = |table| only.is_empty() || only.contains(&table);
     println!("machine: {}; {} threads for either engine", machine(), threads());
-    levels().await;
-    handoff().await;
-    long_prompt().await;
-    cache().await;
+    if wanted(Table::Levels) {
+        levels().await;
+    }
+    if wanted(Table::Handoff) {
+        handoff().await;
+    }
+    if wanted(Table::Prompt) {
+        long_prompt().await;
+    }
+    if wanted(Table::Cache) {
+        cache().await;
+    }
 }

@@ -2,10 +2,14 @@
 
 /// Prompt tokens that may be saved up, and read in one step, after a while without any: a short question is read at once.
 const BURST: f64 = 32.0;
-/// Weight of a new measurement.
+/// Weight of a new measurement of a step.
 const WEIGHT: f64 = 0.2;
+/// What is left of older measurements of reading with every new one: they say little each, so many are kept.
+const MEMORY: f64 = 0.97;
 /// A measurement counts at most as this many times what was known: a machine that was busy elsewhere says nothing about the model.
 const OUTLIER: f64 = 4.0;
+/// What a prompt token may cost, as a share of what a step costs for each generating turn: it is the same work, done together.
+const TOKEN: (f64, f64) = (0.1, 1.0);
 
 /// Shares the steps' time between generating and reading, like a token bucket that fills with time.
 ///
@@ -16,8 +20,9 @@ pub struct Pace {
     share: f64,
     /// Seconds of a step that only generates, by the number of generating turns; 0: not known.
     steps: Vec<f64>,
-    /// Seconds that one prompt token adds to a step; 0: not known.
-    token: f64,
+    /// Seconds that reading added to steps, and prompt tokens that were read in them, both fading. Their quotient is a token's cost: a
+    /// single step's is mostly noise.
+    read: (f64, f64),
     /// Seconds that may be spent on reading.
     credit: f64,
 }
@@ -28,24 +33,24 @@ impl Pace {
         Self {
             share: f64::from(share),
             steps: vec![0.0; turns + 1],
-            token: 0.0,
+            read: (0.0, 0.0),
             credit: 0.0,
         }
     }
 
     /// Prompt tokens that the next step may read.
     pub fn budget(&self) -> usize {
-        if self.token == 0.0 || self.steps.iter().all(|s| *s == 0.0) {
-            return BURST as usize; // nothing is known yet
+        match self.token() {
+            None => BURST as usize, // nothing is known yet
+            Some(token) => (self.credit / token).max(0.0) as usize,
         }
-        (self.credit / self.token).max(0.0) as usize
     }
 
     /// A step took `seconds`: `generating` turns got a token each, and `read` prompt tokens were read for some of `readers` turns.
     pub fn step(&mut self, generating: usize, read: usize, readers: usize, seconds: f64) {
         if generating == 0 {
-            learn(&mut self.token, seconds / read.max(1) as f64);
-            self.credit = BURST * self.token;
+            self.learn_reading(seconds, read);
+            self.credit = BURST * self.token().unwrap_or(0.0);
             return;
         }
         if read == 0 {
@@ -53,14 +58,27 @@ impl Pace {
         }
         let alone = self.alone(generating).unwrap_or(seconds);
         if read > 0 {
-            learn(&mut self.token, ((seconds - alone) / read as f64).max(alone * 0.01));
-            // What it took, within what it can have been.
-            let usual = read as f64 * self.token;
-            self.credit -= (seconds - alone).clamp(0.5 * usual, OUTLIER * usual);
+            let each = alone / generating as f64 * read as f64;
+            self.learn_reading((seconds - alone).clamp(-OUTLIER * each, OUTLIER * each), read);
+            self.read.0 = self.read.0.clamp(
+                self.read.1 * TOKEN.0 * alone / generating as f64,
+                self.read.1 * TOKEN.1 * alone / generating as f64,
+            );
         }
+        let token = self.token().unwrap_or(0.0);
         // Where more turns wait to be read than generate, they weigh more.
         let crowd = (readers as f64 / generating as f64).max(1.0);
-        self.credit = (self.credit + self.share * crowd * alone).min(BURST * self.token);
+        self.credit -= read as f64 * token;
+        self.credit = (self.credit + self.share * crowd * alone).min(BURST * token);
+    }
+
+    /// Seconds that one prompt token adds to a step, where that is known.
+    fn token(&self) -> Option<f64> {
+        (self.read.1 > 0.0).then(|| self.read.0 / self.read.1)
+    }
+
+    fn learn_reading(&mut self, seconds: f64, read: usize) {
+        self.read = (self.read.0 * MEMORY + seconds, self.read.1 * MEMORY + read as f64);
     }
 
     /// Seconds of a step in which only `generating` turns get a token; from the nearest number that is known.

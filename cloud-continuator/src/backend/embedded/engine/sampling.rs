@@ -22,10 +22,7 @@ pub(super) fn sampler(parameters: &Parameters) -> Option<LlamaSampler> {
 }
 
 pub(super) fn choose(logits: &[f32], sampler: Option<&mut LlamaSampler>) -> LlamaToken {
-    let likeliest = || {
-        let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
-        LlamaToken(best.map_or(0, |(n, _)| n as i32))
-    };
+    let likeliest = || LlamaToken(highest(logits) as i32);
     let Some(sampler) = sampler else { return likeliest() };
     let candidates = logits
         .iter()
@@ -34,6 +31,22 @@ pub(super) fn choose(logits: &[f32], sampler: Option<&mut LlamaSampler>) -> Llam
     let mut candidates = LlamaTokenDataArray::from_iter(candidates, false);
     candidates.apply_sampler(sampler);
     candidates.selected_token().unwrap_or_else(likeliest)
+}
+
+/// Where the highest value is (the first of equals); in lanes, which the compiler makes vectors of.
+fn highest(values: &[f32]) -> usize {
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let chunks = values.chunks_exact(lanes.len());
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (lane, value) in lanes.iter_mut().zip(chunk) {
+            if value > lane {
+                *lane = *value;
+            }
+        }
+    }
+    let top = lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
+    values.iter().position(|value| *value == top).unwrap_or(0)
 }
 
 /// Takes the whole characters off the front of `bytes`; what can never become a character turns into U+FFFD.
@@ -67,6 +80,19 @@ pub(super) fn take_characters(bytes: &mut Vec<u8>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_highest_is_found_anywhere() {
+        for at in 0..50 {
+            let mut values = vec![-1.0; 50];
+            values[at] = 2.0;
+            assert_eq!(highest(&values), at);
+            values[49] = 2.0;
+            assert_eq!(highest(&values), at, "the first of equals");
+        }
+        assert_eq!(highest(&[f32::NAN, 1.0, f32::NAN]), 1);
+        assert_eq!(highest(&[f32::NAN; 20]), 0);
+    }
 
     #[test]
     fn characters_come_whole() {

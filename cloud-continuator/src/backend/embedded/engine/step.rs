@@ -47,8 +47,8 @@ impl Engine<'_> {
             let most = match (generating(slot), speaks(slot)) {
                 (true, _) => 1,
                 // The rest of a committed opener is a few tokens, and somebody waits for it.
-                (false, true) => budget.max(AT_ONCE),
-                (false, false) => budget,
+                (false, true) if slot.sequence.pending().len() <= AT_ONCE => AT_ONCE,
+                (false, _) => budget,
             };
             let count = slot.sequence.pending().len().min(most).min(BATCH - at);
             for (m, token) in slot.sequence.pending()[..count].iter().enumerate() {
