@@ -8,13 +8,16 @@ const WEIGHT: f64 = 0.2;
 const MEMORY: f64 = 0.97;
 /// A measurement counts at most as this many times what was known: a machine that was busy elsewhere says nothing about the model.
 const OUTLIER: f64 = 4.0;
+/// Turns being read that are granted a share of their own each.
+const CROWD: usize = 4;
 /// What a prompt token may cost, as a share of what a step costs for each generating turn: it is the same work, done together.
 const TOKEN: (f64, f64) = (0.1, 1.0);
 
 /// Shares the steps' time between generating and reading, like a token bucket that fills with time.
 ///
 /// Every step in which turns generate earns `share` of its own time for reading, and reading spends what it took. So the time between
-/// two tokens of a running turn grows by `share` at most while a long prompt is read, and a short one finds a full bucket.
+/// two tokens of a running turn grows by `share` at most while a long prompt is read, and a short one finds a full bucket. Where several
+/// turns are read, each has a share (up to a bound).
 #[derive(Clone, Debug)]
 pub struct Pace {
     share: f64,
@@ -66,8 +69,9 @@ impl Pace {
             );
         }
         let token = self.token().unwrap_or(0.0);
-        // Where more turns wait to be read than generate, they weigh more.
-        let crowd = (readers as f64 / generating as f64).max(1.0);
+        // Several short questions must not wait for each other as for one long text; and where more turns wait to be read than generate,
+        // they weigh more.
+        let crowd = (readers as f64 / generating as f64).max(readers.clamp(1, CROWD) as f64);
         self.credit -= read as f64 * token;
         self.credit = (self.credit + self.share * crowd * alone).min(BURST * token);
     }
