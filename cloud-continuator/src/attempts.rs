@@ -30,8 +30,9 @@ struct Attempt {
 pub enum News {
     /// The serving backend's event.
     Event(Event),
-    /// The one that ran along was first: it serves from here on, and has been asked what the other had been asked. Its event follows.
-    Overtaken(Event),
+    /// The one that ran along was first, or the other has failed: it serves from here on, and has been asked what the other had been
+    /// asked. Its first event, if there is one yet.
+    Overtaken(Option<Event>),
 }
 
 /// The attempts of one turn.
@@ -55,8 +56,8 @@ pub struct Attempts {
     opened: usize,
     /// The current one has said something.
     spoke: bool,
-    /// The current one ran along, took the place of one that failed, and has not been announced as the one that serves.
-    heir: bool,
+    /// The current one is given up because it is late, which is no fault.
+    late: bool,
     losers: u32,
 }
 
@@ -87,7 +88,7 @@ impl Attempts {
             useful: Vec::new(),
             opened: 1,
             spoke: false,
-            heir: false,
+            late: false,
             losers: 0,
         })
     }
@@ -116,7 +117,6 @@ impl Attempts {
         if matches!(input, Input::Judge(_) | Input::Generate(_) | Input::Resume(_)) {
             self.current.asked += 1;
             self.spoke = false;
-            self.heir = false;
         }
         if matches!(input, Input::Judge(_) | Input::Generate(_)) {
             self.request.parameters.max_tokens = self.most;
@@ -129,6 +129,8 @@ impl Attempts {
     /// # Errors
     /// See [`crate::backend::Backend::open`].
     pub fn reopen(&mut self) -> Result<(), Failure> {
+        // It is opened for a reply of its own.
+        self.request.parameters.max_tokens = self.most;
         let member = &self.backends.members()[self.current.member];
         self.current.turn = self.span.in_scope(|| member.backend.open(self.request.clone()))?;
         self.current.asked = 0;
@@ -142,7 +144,6 @@ impl Attempts {
     pub fn move_on(&mut self, failure: Failure, generated: u32) -> Result<(), Failure> {
         self.give_up(&failure);
         self.hedge_at = None;
-        self.heir = false;
         if self.opened >= MOST {
             return Err(failure);
         }
@@ -172,9 +173,12 @@ impl Attempts {
     /// The current backend is done with this turn.
     fn give_up(&mut self, failure: &Failure) {
         let member = self.current.member;
-        self.backends.failed(member, failure);
+        let late = std::mem::take(&mut self.late);
+        if !late {
+            self.backends.failed(member, failure);
+        }
         self.tried.push(member);
-        if self.spoke {
+        if self.spoke || late {
             self.useful.push(member);
         }
     }
@@ -196,22 +200,16 @@ impl Attempts {
                         self.losers += 1;
                     }
                     self.backends.succeeded(self.current.member);
-                    let heir = std::mem::take(&mut self.heir);
-                    return Poll::Ready(Some(if heir {
-                        News::Overtaken(event)
-                    } else {
-                        News::Event(event)
-                    }));
+                    return Poll::Ready(Some(News::Event(event)));
                 }
                 Some(Event::Failed(failure)) if self.hedge.is_some() => {
                     // The one that runs along has been asked the same: it takes the place.
                     self.give_up(&failure);
                     if let Some(hedge) = self.hedge.take() {
                         self.current = hedge;
-                        self.heir = true;
+                        return Poll::Ready(Some(News::Overtaken(None)));
                     }
                 }
-                Some(Event::Prefilled | Event::Scored(_)) if self.heir => {}
                 event => return Poll::Ready(event.map(News::Event)),
             }
         }
@@ -224,6 +222,7 @@ impl Attempts {
             } else if self.another().is_some() {
                 // Nothing is being computed for this turn yet but its verdict: it had better be elsewhere.
                 let late = Failure::Stalled(self.hedge_after.unwrap_or_default());
+                self.late = true;
                 return Poll::Ready(Some(News::Event(Event::Failed(late))));
             }
         }
@@ -238,7 +237,7 @@ impl Attempts {
                     self.losers += 1;
                     self.spoke = matches!(event, Event::Text(..));
                     self.backends.succeeded(self.current.member);
-                    return Poll::Ready(Some(News::Overtaken(event)));
+                    return Poll::Ready(Some(News::Overtaken(Some(event))));
                 }
                 Some(Event::Failed(failure)) => {
                     self.backends.failed(hedge.member, &failure);

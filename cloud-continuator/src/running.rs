@@ -155,10 +155,10 @@ impl Running {
             }
             News::Event(event) => self.on(Incoming::Backend(event)),
             News::Overtaken(event) => {
-                // The machine's question is the one that the new backend is answering.
-                self.served_anew();
+                // The machine's question is the one that the new backend is answering: it must not depend on who that is.
                 self.machine.on(Incoming::Moved);
-                self.on(Incoming::Backend(event))
+                self.served_anew();
+                event.map(|event| self.on(Incoming::Backend(event))).unwrap_or_default()
             }
         }
     }

@@ -304,8 +304,15 @@ impl Session {
         let (bytes, most) = (frame.encoded_len(), self.service.limits.frame_bytes);
         if bytes > most {
             let message = format!("the frame has {bytes} bytes; at most {most} are allowed");
-            let turn = turn_of(&frame);
-            self.last_turn = self.last_turn.max(turn);
+            let turn = match &frame.body {
+                // A repeated id may be that of a running turn, which this must not end.
+                Some(Body::StartTurn(f)) if f.turn_id <= self.last_turn => 0,
+                Some(Body::StartTurn(f)) => {
+                    self.last_turn = f.turn_id;
+                    f.turn_id
+                }
+                _ => turn_of(&frame),
+            };
             return self.fail(turn, TurnError::InvalidArgument, message, false).await;
         }
         match frame.body {

@@ -237,6 +237,7 @@ impl Turn {
             (Event::Text(_, usage), _) if !self.current(usage) => Vec::new(),
             (Event::Done(_, usage), State::Generating) if !self.current(usage) => {
                 // The backend's turn had ended before it took what it was asked last.
+                self.usage = usage;
                 let asked = self.asked.take();
                 asked.map(|(_, input)| self.ask_anew(input)).into_iter().collect()
             }

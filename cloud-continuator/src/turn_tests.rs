@@ -511,3 +511,21 @@ fn who_judges_depends_on_who_serves() {
     turn.served_by(false);
     assert_eq!(inputs(&turn.on(Incoming::Moved)), [Input::Judge("The sky is".into())]);
 }
+
+#[test]
+fn whoever_overtakes_answers_the_question_that_was_asked() {
+    let mut turn = turn(Surface::Revisable);
+    turn.served_by(false);
+    commit(&mut turn, "The sky is");
+    turn.on(Incoming::Moved); // the other one has been asked already
+    turn.served_by(true);
+    let usage = Usage {
+        generated: 3,
+        ..Usage::default()
+    };
+    let said = frames(&text_with(&mut turn, "[accept]\n blue", usage));
+    assert!(
+        matches!(&said[..], [Body::Chunk(chunk)] if chunk.text == " blue"),
+        "{said:?}"
+    );
+}

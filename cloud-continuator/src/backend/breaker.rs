@@ -60,12 +60,14 @@ impl Breaker {
 
     /// The backend failed; returns whether that opened it.
     pub fn failed(&mut self, now: Instant) -> bool {
+        if !self.closed() {
+            return false; // a turn from before it opened: that is known
+        }
         self.failures += 1;
-        let was_closed = self.closed();
-        if self.failures >= FAILURES || !was_closed {
+        if self.failures >= FAILURES {
             self.open(now, None);
         }
-        was_closed && !self.closed()
+        !self.closed()
     }
 
     /// Opens it at once, for as long as the backend asked for, if it did.
@@ -98,7 +100,11 @@ mod tests {
             assert!(!breaker.due(now + pause - MS));
             now += pause;
             assert!(breaker.due(now) && !breaker.closed());
-            assert!(!breaker.failed(now), "it was open already");
+            assert!(
+                !breaker.failed(now),
+                "it was open already, and stays so no longer for that"
+            );
+            breaker.open(now, None);
             pause = (pause * 2).min(PAUSES.1);
         }
         breaker.served();

@@ -335,10 +335,12 @@ impl Upstream {
                 _ => {}
             }
             let found = this.probe().await;
-            *known = Some(match &found {
-                Ok(way) => Found::Way(*way),
-                Err(failure) => Found::Failure(failure.clone(), Instant::now()),
-            });
+            match &found {
+                Ok(way) => *known = Some(Found::Way(*way)),
+                // What was known before may still be right.
+                Err(_) if matches!(*known, Some(Found::Way(_))) => {}
+                Err(failure) => *known = Some(Found::Failure(failure.clone(), Instant::now())),
+            }
             found
         });
         let limit = self.options.first_token;

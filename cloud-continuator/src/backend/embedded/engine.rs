@@ -85,6 +85,12 @@ struct Active {
     generations: u32,
 }
 
+/// Whether a turn waits for news that are there.
+fn to_report(slot: &Slot, active: &Active) -> bool {
+    (!active.prefilled && slot.sequence.cached().len() >= active.prompt.len())
+        || (active.phase == Phase::Committed && slot.sequence.tail().is_some())
+}
+
 #[derive(Default)]
 struct Slot {
     sequence: Sequence,
@@ -100,6 +106,8 @@ struct Waiting {
     events: mpsc::Sender<Event>,
     /// The last input that came before there was a place. Each holds the whole text, so that it stands for those before it.
     input: Option<Input>,
+    /// Generations that were asked for before that one.
+    replaced: u32,
 }
 
 /// The engine's state; lives on its thread.
@@ -224,6 +232,7 @@ impl<'m> Engine<'m> {
         self.slots.iter().any(|slot| {
             slot.active.as_ref().is_some_and(|active| {
                 !slot.sequence.pending().is_empty()
+                    || to_report(slot, active)
                     || (active.phase == Phase::Generating && active.events.capacity() >= EVENT_ROOM)
             })
         })
@@ -254,6 +263,7 @@ impl<'m> Engine<'m> {
                             prompt,
                             events,
                             input: None,
+                            replaced: 0,
                         });
                     }
                 }
@@ -269,7 +279,9 @@ impl<'m> Engine<'m> {
                     if input == Input::Close {
                         self.waiting.remove(n);
                     } else {
-                        self.waiting[n].input = Some(input);
+                        let asks = |i: &Input| matches!(i, Input::Judge(_) | Input::Generate(_) | Input::Resume(_));
+                        let replaced = self.waiting[n].input.replace(input);
+                        self.waiting[n].replaced += u32::from(replaced.as_ref().is_some_and(asks));
                     }
                 }
             }

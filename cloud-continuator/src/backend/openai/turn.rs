@@ -213,7 +213,9 @@ impl Serving {
             match piece {
                 Piece::Text(text) => {
                     if self.usage.generated >= self.request.parameters.max_tokens {
-                        return Ok(Finish::Length); // a server that has not understood the limit
+                        // A server that has not understood the limit.
+                        self.last_text(&mut shown, &mut stop).await;
+                        return Ok(Finish::Length);
                     }
                     self.usage.generated += 1;
                     let (text, stopped) = stop.push(&shown.push(text));
@@ -225,9 +227,7 @@ impl Serving {
                 Piece::Life => {}
                 Piece::Finish(reason) => {
                     finish = Some(reason);
-                    let (rest, stopped) = stop.push(&shown.finish());
-                    let held = if stopped { String::new() } else { stop.finish() };
-                    self.text(rest + &held).await;
+                    self.last_text(&mut shown, &mut stop).await;
                 }
                 Piece::Usage(counted) => {
                     self.usage.prompt = counted.prompt;
@@ -239,6 +239,13 @@ impl Serving {
             }
         }
         finish.ok_or(Failure::CutOff)
+    }
+
+    /// Sends what is held back at the end of a reply.
+    async fn last_text(&self, shown: &mut Shown, stop: &mut StopFilter) {
+        let (rest, stopped) = stop.push(&shown.finish());
+        let held = if stopped { String::new() } else { stop.finish() };
+        self.text(rest + &held).await;
     }
 
     async fn text(&self, text: String) {

@@ -54,6 +54,7 @@ impl Engine<'_> {
                 prompt,
                 events,
                 input,
+                replaced,
             }) = self.waiting.pop_front()
             else {
                 return;
@@ -85,7 +86,7 @@ impl Engine<'_> {
                 stop: StopFilter::new([]),
                 partial: Vec::new(),
                 usage,
-                generations: 0,
+                generations: replaced,
             });
             self.cut(n, keep);
             if let Some(input) = input {
