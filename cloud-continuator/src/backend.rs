@@ -196,6 +196,8 @@ pub struct Info {
     pub provider: &'static str,
     /// Whether it scores a committed prefix; else [`Event::Scored`] comes without scores.
     pub scores: bool,
+    /// Whether it runs in this process, where it was seen to work when it was loaded.
+    pub local: bool,
 }
 
 /// Serves turns.

@@ -38,15 +38,23 @@ impl Backends {
     /// When it is empty.
     pub fn new(members: Vec<(String, Arc<dyn Backend>)>) -> Self {
         assert!(!members.is_empty(), "there is a backend");
-        let member = |(name, backend)| Member {
-            name,
-            backend,
-            breaker: Mutex::default(),
+        let member = |(name, backend): (String, Arc<dyn Backend>)| {
+            let mut breaker = Breaker::default();
+            if backend.info().local {
+                breaker.answered();
+            }
+            Member {
+                name,
+                backend,
+                breaker: Mutex::new(breaker),
+            }
         };
-        Self {
+        let this = Self {
             members: members.into_iter().map(member).collect(),
             ready: watch::Sender::new(false),
-        }
+        };
+        this.update();
+        this
     }
 
     /// The members, in order.

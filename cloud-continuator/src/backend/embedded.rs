@@ -160,6 +160,7 @@ impl Embedded {
                 model,
                 provider: "llama_cpp",
                 scores: true,
+                local: true,
             },
             commands,
             next: AtomicU64::new(1),

@@ -214,6 +214,7 @@ impl OpenAi {
                 model: options.model.clone(),
                 provider,
                 scores: false,
+                local: false,
             },
             upstream: Arc::new(Upstream {
                 client,
