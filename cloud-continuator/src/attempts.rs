@@ -114,7 +114,7 @@ impl Attempts {
             self.hedge_at = self.hedge_after.map(|after| Box::pin(tokio::time::sleep(after)));
             self.asked = Some(input.clone());
         }
-        if matches!(input, Input::Judge(_) | Input::Generate(_) | Input::Resume(_)) {
+        if input.generates() {
             self.current.asked += 1;
             self.spoke = false;
         }

@@ -35,6 +35,20 @@ pub struct Parameters {
     pub stop: Vec<String>,
 }
 
+impl Parameters {
+    /// Greedy, and nothing else.
+    pub fn greedy(max_tokens: u32) -> Self {
+        Self {
+            max_tokens,
+            temperature: 0.0,
+            top_p: 1.0,
+            min_p: 0.0,
+            seed: None,
+            stop: Vec::new(),
+        }
+    }
+}
+
 /// A turn as a backend sees it.
 #[derive(Clone, Debug)]
 pub struct Request {
@@ -64,6 +78,13 @@ pub enum Input {
     Resume(String),
     /// The turn is over: free what it holds.
     Close,
+}
+
+impl Input {
+    /// Whether it begins a generation, and so is answered with [`Event::Text`]s and [`Event::Done`].
+    pub fn generates(&self) -> bool {
+        matches!(self, Input::Judge(_) | Input::Generate(_) | Input::Resume(_))
+    }
 }
 
 /// How probable the model finds one token of the committed prefix.
@@ -163,6 +184,11 @@ pub enum Failure {
 }
 
 impl Failure {
+    /// The engine's thread has ended.
+    pub fn stopped() -> Self {
+        Failure::Model("the engine stopped".into())
+    }
+
     /// A name for logs, spans and metrics: it holds nothing that anybody wrote.
     pub fn kind(&self) -> &'static str {
         match self {

@@ -18,8 +18,8 @@ use crate::{
     attempts::{Attempts, News},
     backend::{Event, Failure, Finish, Request, Usage},
     names,
-    session::{Service, turn_failed},
-    turn::{Effect, Incoming, Mark, Turn, failed},
+    session::Service,
+    turn::{Effect, Incoming, Mark, Turn, failed, turn_failed},
     verify::Verdict,
 };
 
@@ -90,18 +90,13 @@ impl Running {
             };
             turn_failed(start.turn_id, error, message, retryable, retry_after)
         })?;
-        let info = service.backends.members()[attempts.member()].backend.info();
-        span.record(names::PROVIDER, info.provider);
-        span.record(names::MODEL, info.model.as_str());
-        let mut machine = Turn::new(start.turn_id, surface, service.judgement, start.tone(), history);
-        machine.served_by(info.scores);
         let now = Instant::now();
         let limit = service.limits.turn;
         let allowed = proto::std_duration(start.deadline).map_or(limit, |wish| wish.min(limit));
         service.running.fetch_add(1, Ordering::Relaxed);
-        Ok(Self {
+        let mut this = Self {
             id: start.turn_id,
-            machine,
+            machine: Turn::new(start.turn_id, surface, service.judgement, start.tone(), history),
             attempts,
             service: service.clone(),
             started: now,
@@ -114,7 +109,9 @@ impl Running {
             phase: Span::none(),
             span,
             counted: true,
-        })
+        };
+        this.served_anew();
+        Ok(this)
     }
 
     /// When the turn fails if it has not ended.
@@ -134,7 +131,7 @@ impl Running {
 
     /// The backends' next news.
     pub fn poll_news(&mut self, context: &mut Context<'_>) -> Poll<News> {
-        let stopped = || News::Event(Event::Failed(Failure::Model("the engine stopped".into())));
+        let stopped = || News::Event(Event::Failed(Failure::stopped()));
         self.attempts
             .poll_next(context)
             .map(|news| news.unwrap_or_else(stopped))
@@ -163,7 +160,7 @@ impl Running {
         }
     }
 
-    /// Another backend serves the turn.
+    /// A backend serves the turn from here on.
     fn served_anew(&mut self) {
         let info = self.service.backends.members()[self.attempts.member()].backend.info();
         self.span.record(names::PROVIDER, info.provider);

@@ -31,7 +31,7 @@ use crate::{
     backends::Backends,
     request,
     running::Running,
-    turn::{Incoming, Judgement, RETRY_AFTER},
+    turn::{Incoming, Judgement, turn_failed},
 };
 
 /// How long an edge may take no frame while some wait for it.
@@ -489,23 +489,5 @@ fn turn_of(frame: &EdgeFrame) -> u64 {
         Some(Body::CancelTurn(f)) => f.turn_id,
         Some(Body::RefuseDirective(f)) => f.turn_id,
         Some(Body::Hello(_)) | None => 0,
-    }
-}
-
-/// The frame that reports a failed turn.
-pub fn turn_failed(
-    turn_id: u64,
-    error: TurnError,
-    message: String,
-    retryable: bool,
-    retry_after: Option<Duration>,
-) -> proto::TurnFailed {
-    let overloaded = error == TurnError::Overloaded;
-    proto::TurnFailed {
-        turn_id,
-        error: error.into(),
-        message,
-        retryable,
-        retry_after: retry_after.or(overloaded.then_some(RETRY_AFTER)).map(proto::duration),
     }
 }

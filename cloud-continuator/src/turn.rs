@@ -9,7 +9,7 @@ use segue_shared::{
     words,
 };
 
-pub use self::events::{Effect, Incoming, Mark, RETRY_AFTER, failed};
+pub use self::events::{Effect, Incoming, Mark, failed, turn_failed};
 use self::events::{invalid, too_long, unexpected};
 use crate::{
     backend::{Event, Input, Message, Usage},
@@ -298,7 +298,7 @@ impl Turn {
 
     /// Asks the backend, and remembers which generation its answer belongs to.
     fn ask(&mut self, input: Input) -> Effect {
-        if matches!(input, Input::Judge(_) | Input::Generate(_) | Input::Resume(_)) {
+        if input.generates() {
             let generation = self.asked.as_ref().map_or(0, |(generation, _)| generation + 1);
             self.asked = Some((generation, input.clone()));
         }

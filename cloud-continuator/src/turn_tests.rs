@@ -7,6 +7,9 @@ use segue_shared::{
 use super::*;
 use crate::backend::{Failure, Finish, TokenScore};
 
+#[path = "turn_moved_tests.rs"]
+mod moved;
+
 fn turn(surface: Surface) -> Turn {
     Turn::new(1, surface, Judgement::default(), proto::Tone::Neutral, Vec::new())
 }
@@ -236,12 +239,7 @@ proptest! {
             match wire.pop_front() {
                 Some(Body::Chunk(c)) => { log.apply_chunk(c.revision, c.offset as usize, &c.text).map_err(|e| e.to_string())?; }
                 Some(Body::Directive(d)) => {
-                    let correction = match d.kind.unwrap() {
-                        Kind::Bridge(_) => Correction::Bridge,
-                        Kind::Revise(r) => Correction::Revise { keep: r.keep_bytes as usize },
-                        Kind::Restart(_) => Correction::Restart,
-                    };
-                    match log.apply_directive(d.revision, correction) {
+                    match log.apply_directive(d.revision, d.kind.as_ref().unwrap().into()) {
                         Ok(_) => {}
                         Err(segue_shared::reply_log::DirectiveError::AlreadyHeard { heard, .. }) => {
                             wire.extend(frames(&turn.on(Incoming::Refused(d.revision, heard))));
@@ -309,20 +307,9 @@ fn a_judge_says_the_verdict_and_the_text_in_one_reply() {
         for frame in frames(&effects) {
             match frame {
                 Body::Directive(d) => {
-                    assert_eq!(
-                        (Some(d.kind.unwrap()), d.reason),
-                        (kind, DirectiveReason::Judged.into())
-                    );
-                    log.apply_directive(
-                        d.revision,
-                        match kind {
-                            Some(Kind::Revise(r)) => Correction::Revise {
-                                keep: r.keep_bytes as usize,
-                            },
-                            _ => Correction::Restart,
-                        },
-                    )
-                    .unwrap();
+                    assert_eq!((d.kind, d.reason), (kind, DirectiveReason::Judged.into()));
+                    log.apply_directive(d.revision, d.kind.as_ref().unwrap().into())
+                        .unwrap();
                 }
                 Body::Chunk(c) => drop(log.apply_chunk(c.revision, c.offset as usize, &c.text).unwrap()),
                 other => panic!("{other:?}"),
@@ -407,125 +394,4 @@ fn a_judge_that_ends_with_its_verdict_is_asked_again_elsewhere() {
         "{effects:?}"
     );
     assert!(!turn.ended());
-}
-
-fn text_with(turn: &mut Turn, text: &str, usage: Usage) -> Vec<Effect> {
-    turn.on(Incoming::Backend(Event::Text(text.into(), usage)))
-}
-
-#[test]
-fn a_turn_that_moves_goes_on_from_what_was_said() {
-    let mut turn = turn(Surface::AppendOnly);
-    commit(&mut turn, "The sky is");
-    // Nothing was judged yet: the next backend is asked the same.
-    assert_eq!(inputs(&turn.on(Incoming::Moved)), [Input::Commit("The sky is".into())]);
-    scored(&mut turn, "The sky is", 99);
-    assert_eq!(
-        inputs(&turn.on(Incoming::Moved)),
-        [Input::Generate("The sky is".into())]
-    );
-    let usage = |generated| Usage {
-        generated,
-        prompt: 9,
-        ..Usage::default()
-    };
-    text_with(&mut turn, " blue and", usage(2));
-    text_with(&mut turn, " wi", usage(3));
-    assert_eq!(
-        inputs(&turn.on(Incoming::Moved)),
-        [Input::Resume("The sky is blue and wi".into())]
-    );
-    // It may move again before anything was said.
-    assert_eq!(
-        inputs(&turn.on(Incoming::Moved)),
-        [Input::Resume("The sky is blue and wi".into())]
-    );
-    let chunks = frames(&text_with(&mut turn, "de", usage(1)));
-    let [Body::Chunk(chunk)] = &chunks[..] else {
-        panic!("{chunks:?}")
-    };
-    assert_eq!(
-        (chunk.offset, chunk.text.as_str()),
-        (22, "de"),
-        "the joint is inside a word"
-    );
-    let end = turn.on(Incoming::Backend(Event::Done(Finish::Stop, usage(1))));
-    let [.., Effect::End(_, total)] = &end[..] else {
-        panic!("{end:?}")
-    };
-    assert_eq!(
-        (total.generated, total.wasted, total.prompt),
-        (4, 0, 9),
-        "all that was said was generated once"
-    );
-    assert_eq!(turn.on(Incoming::Moved), []);
-}
-
-#[test]
-fn what_a_backend_generated_and_nobody_saw_is_wasted() {
-    let mut turn = turn(Surface::Revisable);
-    turn.served_by(false);
-    commit(&mut turn, "The sky is");
-    text_with(
-        &mut turn,
-        "[acc",
-        Usage {
-            generated: 2,
-            ..Usage::default()
-        },
-    );
-    assert_eq!(
-        inputs(&turn.on(Incoming::Moved)),
-        [Input::Judge("The sky is".into())],
-        "judged anew"
-    );
-    text_with(
-        &mut turn,
-        "[accept]\n blue",
-        Usage {
-            generated: 5,
-            ..Usage::default()
-        },
-    );
-    let end = turn.on(Incoming::Backend(Event::Done(
-        Finish::Stop,
-        Usage {
-            generated: 5,
-            ..Usage::default()
-        },
-    )));
-    let [.., Effect::End(_, total)] = &end[..] else {
-        panic!("{end:?}")
-    };
-    assert_eq!((total.generated, total.wasted), (5, 2));
-}
-
-#[test]
-fn who_judges_depends_on_who_serves() {
-    let mut turn = turn(Surface::Revisable);
-    turn.served_by(true);
-    assert_eq!(
-        inputs(&commit(&mut turn, "The sky is")),
-        [Input::Commit("The sky is".into())]
-    );
-    turn.served_by(false);
-    assert_eq!(inputs(&turn.on(Incoming::Moved)), [Input::Judge("The sky is".into())]);
-}
-
-#[test]
-fn whoever_overtakes_answers_the_question_that_was_asked() {
-    let mut turn = turn(Surface::Revisable);
-    turn.served_by(false);
-    commit(&mut turn, "The sky is");
-    turn.on(Incoming::Moved); // the other one has been asked already
-    turn.served_by(true);
-    let usage = Usage {
-        generated: 3,
-        ..Usage::default()
-    };
-    let said = frames(&text_with(&mut turn, "[accept]\n blue", usage));
-    assert!(
-        matches!(&said[..], [Body::Chunk(chunk)] if chunk.text == " blue"),
-        "{said:?}"
-    );
 }

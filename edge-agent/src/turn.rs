@@ -3,7 +3,7 @@
 use segue_shared::{
     proto::{
         self, CommitOpener, DirectiveReason, EdgeFrame, EndTurn, FinishReason, OpenerDelta, RefuseDirective, StartTurn,
-        TurnFailed, cloud_frame::Body, commit_opener::Opening, directive::Kind,
+        TurnFailed, cloud_frame::Body, commit_opener::Opening,
     },
     reply_log::{Applied, Correction, DirectiveError, ReplyLog, Surface},
 };
@@ -241,13 +241,8 @@ impl Turn {
     }
 
     fn directive(&mut self, directive: &proto::Directive) -> Vec<Effect> {
-        let correction = match &directive.kind {
-            Some(Kind::Bridge(_)) => Correction::Bridge,
-            Some(Kind::Revise(revise)) => Correction::Revise {
-                keep: revise.keep_bytes as usize,
-            },
-            Some(Kind::Restart(_)) => Correction::Restart,
-            None => return self.over(Over::Broken("a directive came without a kind".into())),
+        let Some(correction) = directive.kind.as_ref().map(Correction::from) else {
+            return self.over(Over::Broken("a directive came without a kind".into()));
         };
         let revision = directive.revision;
         match self.log.apply_directive(revision, correction) {

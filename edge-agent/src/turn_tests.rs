@@ -1,4 +1,4 @@
-use segue_shared::proto::{Bridge, Chunk, Directive, Restart, Revise, edge_frame};
+use segue_shared::proto::{Bridge, Chunk, Directive, Restart, Revise, directive::Kind, edge_frame};
 
 use super::*;
 use crate::opener::Reason;

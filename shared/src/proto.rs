@@ -3,6 +3,8 @@
 #![allow(clippy::all, reason = "generated code")]
 #![allow(missing_docs, reason = "tonic's generated service modules have none")]
 
+use crate::reply_log::Correction;
+
 tonic::include_proto!("segue.v1");
 
 /// The encoded `FileDescriptorSet` of the protocol, for gRPC reflection.
@@ -32,6 +34,18 @@ macro_rules! envelopes {
 envelopes! {
     EdgeFrame, edge_frame: Hello, StartTurn, OpenerDelta, CommitOpener, Heard, CancelTurn, RefuseDirective;
     CloudFrame, cloud_frame: Welcome, Directive, Chunk, EndTurn, TurnFailed, Drain;
+}
+
+impl From<&directive::Kind> for Correction {
+    fn from(kind: &directive::Kind) -> Self {
+        match kind {
+            directive::Kind::Bridge(_) => Correction::Bridge,
+            directive::Kind::Revise(revise) => Correction::Revise {
+                keep: revise.keep_bytes as usize,
+            },
+            directive::Kind::Restart(_) => Correction::Restart,
+        }
+    }
 }
 
 /// A protobuf duration from a standard one (saturating).

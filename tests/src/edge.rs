@@ -144,7 +144,7 @@ pub fn commit(turn_id: u64, prefix: &str) -> CommitOpener {
 /// # Panics
 /// When one is not.
 pub fn reply(prefix: &str, frames: &[Body], surface: segue_shared::reply_log::Surface) -> String {
-    use segue_shared::reply_log::{Correction, ReplyLog};
+    use segue_shared::reply_log::ReplyLog;
     let mut log = ReplyLog::new(surface);
     log.push_opener(prefix);
     for frame in frames {
@@ -154,14 +154,8 @@ pub fn reply(prefix: &str, frames: &[Body], surface: segue_shared::reply_log::Su
                     .expect("chunks join");
             }
             Body::Directive(directive) => {
-                let correction = match directive.kind.as_ref().expect("a directive has a kind") {
-                    proto::directive::Kind::Bridge(_) => Correction::Bridge,
-                    proto::directive::Kind::Revise(revise) => Correction::Revise {
-                        keep: revise.keep_bytes as usize,
-                    },
-                    proto::directive::Kind::Restart(_) => Correction::Restart,
-                };
-                log.apply_directive(directive.revision, correction)
+                let kind = directive.kind.as_ref().expect("a directive has a kind");
+                log.apply_directive(directive.revision, kind.into())
                     .expect("a directive can be carried out");
             }
             _ => {}

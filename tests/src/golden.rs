@@ -7,7 +7,7 @@ use cloud_continuator::{
     turn::{Effect, Incoming, Judgement, Turn},
 };
 use segue_shared::{
-    proto::{self, CloudFrame, Tone, cloud_frame::Body, directive::Kind},
+    proto::{self, CloudFrame, Tone, cloud_frame::Body},
     reply_log::{Correction, ReplyLog, Surface},
 };
 use serde_json::{Value, json};
@@ -140,13 +140,7 @@ pub fn replay(transcript: &Value) -> (Vec<Value>, String) {
 }
 
 fn correction(directive: &proto::Directive) -> Correction {
-    match directive.kind.as_ref().expect("a directive has a kind") {
-        Kind::Bridge(_) => Correction::Bridge,
-        Kind::Revise(revise) => Correction::Revise {
-            keep: revise.keep_bytes as usize,
-        },
-        Kind::Restart(_) => Correction::Restart,
-    }
+    directive.kind.as_ref().expect("a directive has a kind").into()
 }
 
 fn reply(setting: &Setting, frames: &[CloudFrame]) -> String {

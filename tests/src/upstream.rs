@@ -15,6 +15,11 @@ use tokio::{
     task::JoinHandle,
 };
 
+/// Arguments that put the model `m` of an upstream behind a continuator.
+pub fn args<'a>(url: &'a str, mode: &'a str) -> [&'a str; 6] {
+    ["--upstream", url, "--upstream-model", "m", "--upstream-mode", mode]
+}
+
 /// A step of an answer.
 #[derive(Clone, Debug)]
 pub enum Step {

@@ -8,6 +8,7 @@ use segue_tests::{
     edge::{Edge, reply},
     llama_server::LlamaServer,
     programs::{Continuator, ask},
+    upstream,
 };
 
 const QUESTION: &str = "What is the capital of France?";
@@ -25,15 +26,7 @@ async fn it_continues_openers_by_prefill_and_when_asked_in_words() {
         return;
     };
     for mode in ["prefill", "auto", "prompt"] {
-        let args = [
-            "--upstream",
-            &server.url,
-            "--upstream-model",
-            "default",
-            "--upstream-mode",
-            mode,
-            "--no-verify",
-        ];
+        let args = [&upstream::args(&server.url, mode)[..], &["--no-verify"]].concat();
         let continuator = Continuator::start(&args);
         let mut edge = Edge::connect(&continuator.url, Surface::Revisable).await;
         let (text, frames) = turn(&mut edge, 1, QUESTION, "The capital of France").await;
@@ -92,15 +85,7 @@ async fn a_prompt_that_does_not_fit_is_a_typed_error() {
     let Some(server) = LlamaServer::start(2, 1, 512) else {
         return;
     };
-    let args = [
-        "--upstream",
-        &server.url,
-        "--upstream-model",
-        "default",
-        "--upstream-mode",
-        "prefill",
-        "--no-verify",
-    ];
+    let args = [&upstream::args(&server.url, "prefill")[..], &["--no-verify"]].concat();
     let continuator = Continuator::start(&args);
     let mut edge = Edge::connect(&continuator.url, Surface::Revisable).await;
     let (_, frames) = turn(&mut edge, 1, &"why ".repeat(900), "Because it").await;

@@ -18,15 +18,7 @@ const REST: &[&str] = &[" is", " Can", "berra", "."];
 const WHOLE: &str = "The capital of Australia is Canberra.";
 
 fn continuator(url: &str, mode: &str, more: &[&str]) -> Continuator {
-    let args = [
-        "--upstream",
-        url,
-        "--upstream-model",
-        "m",
-        "--upstream-mode",
-        mode,
-        "--no-verify",
-    ];
+    let args = [&upstream::args(url, mode)[..], &["--no-verify"]].concat();
     Continuator::start(&[&args[..], more].concat())
 }
 
@@ -391,14 +383,7 @@ async fn the_judge_is_asked_where_nobody_scores() {
         vec![Step::Send(upstream::reply(&["x"]))]
     })
     .await;
-    let args = [
-        "--upstream",
-        &upstream.url,
-        "--upstream-model",
-        "m",
-        "--upstream-mode",
-        "prefill",
-    ];
+    let args = upstream::args(&upstream.url, "prefill");
     let continuator = Continuator::start(&args);
     let mut edge = Edge::connect(&continuator.url, Surface::Revisable).await;
     let (text, last) = turn_of(&mut edge, 1, "The capital of Australia is Sydney").await;
@@ -411,15 +396,7 @@ async fn keys_are_sent_and_never_logged() {
     let upstream = Upstream::start(|_, _| upstream::error(500, &[], "canary-message")).await;
     let key = std::env::temp_dir().join(format!("segue-upstream-key-{}", std::process::id()));
     std::fs::write(&key, "sk-canary-key\n").unwrap();
-    let args = [
-        "--upstream",
-        &upstream.url,
-        "--upstream-model",
-        "m",
-        "--upstream-mode",
-        "prefill",
-        "--no-verify",
-    ];
+    let args = [&upstream::args(&upstream.url, "prefill")[..], &["--no-verify"]].concat();
     let args = [&args[..], &["--upstream-key-file", key.to_str().unwrap()]].concat();
     let continuator = Continuator::start_with(&args, |command| {
         command.env("SEGUE_LOG", "trace");
@@ -444,14 +421,10 @@ async fn keys_are_sent_and_never_logged() {
 async fn a_proxy_of_the_environment_is_used() {
     let proxy = Upstream::start(|_, _| vec![Step::Send(upstream::reply(REST))]).await;
     let args = [
-        "--upstream",
-        "http://llm.invalid:8000/v1",
-        "--upstream-model",
-        "m",
-        "--upstream-mode",
-        "prefill",
-        "--no-verify",
-    ];
+        &upstream::args("http://llm.invalid:8000/v1", "prefill")[..],
+        &["--no-verify"],
+    ]
+    .concat();
     let continuator = Continuator::start_with(&args, |command| {
         command.env("HTTP_PROXY", proxy.url.trim_end_matches("/v1"));
     });

@@ -179,7 +179,7 @@ impl Backend for Embedded {
         let (events, receiver) = tokio::sync::mpsc::channel::<Event>(WAITING_EVENTS);
         let refused = |error: TrySendError<Command>| match error {
             TrySendError::Full(_) => Failure::Overloaded { retry_after: None },
-            TrySendError::Disconnected(_) => stopped(),
+            TrySendError::Disconnected(_) => Failure::stopped(),
         };
         self.commands
             .try_send(Command::Open(id, Box::new(request), events))
@@ -193,16 +193,12 @@ impl Backend for Embedded {
 
     fn check(&self) -> Pin<Box<dyn Future<Output = Result<(), Failure>> + Send + '_>> {
         let result = if self.thread.is_finished() {
-            Err(stopped())
+            Err(Failure::stopped())
         } else {
             Ok(())
         };
         Box::pin(std::future::ready(result))
     }
-}
-
-fn stopped() -> Failure {
-    Failure::Model("the engine stopped".into())
 }
 
 fn context_params(options: &Options) -> LlamaContextParams {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use segue_shared::{
-    proto::{CloudFrame, TurnError},
+    proto::{self, CloudFrame, TurnError},
     reply_log::Correction,
 };
 
@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// How long an overloaded continuator should be left alone where nothing better is known.
-pub const RETRY_AFTER: Duration = Duration::from_millis(500);
+const RETRY_AFTER: Duration = Duration::from_millis(500);
 
 /// What happens to a turn.
 #[derive(Clone, Debug)]
@@ -107,7 +107,7 @@ pub(super) fn invalid(message: String) -> Vec<Effect> {
 pub fn failed(failure: &Failure) -> Effect {
     let (error, retry_after) = match failure {
         Failure::ContextTooSmall { .. } => (TurnError::ContextTooSmall, None),
-        Failure::Overloaded { retry_after } => (TurnError::Overloaded, Some(retry_after.unwrap_or(RETRY_AFTER))),
+        Failure::Overloaded { retry_after } => (TurnError::Overloaded, *retry_after),
         Failure::Unavailable(time) => (TurnError::Backend, Some(*time)),
         _ => (TurnError::Backend, None),
     };
@@ -116,5 +116,23 @@ pub fn failed(failure: &Failure) -> Effect {
         message: failure.to_string(),
         retryable: failure.retryable(),
         retry_after,
+    }
+}
+
+/// The frame that reports a failed turn.
+pub fn turn_failed(
+    turn_id: u64,
+    error: TurnError,
+    message: String,
+    retryable: bool,
+    retry_after: Option<Duration>,
+) -> proto::TurnFailed {
+    let overloaded = error == TurnError::Overloaded;
+    proto::TurnFailed {
+        turn_id,
+        error: error.into(),
+        message,
+        retryable,
+        retry_after: retry_after.or(overloaded.then_some(RETRY_AFTER)).map(proto::duration),
     }
 }

@@ -101,18 +101,10 @@ async fn main() {
 }
 
 fn request(question: &str, max_tokens: u32) -> Request {
-    let parameters = Parameters {
-        max_tokens,
-        temperature: 0.0,
-        top_p: 1.0,
-        min_p: 0.0,
-        seed: None,
-        stop: Vec::new(),
-    };
     Request {
         history: Vec::new(),
         user_text: question.to_owned(),
-        parameters,
+        parameters: Parameters::greedy(max_tokens),
     }
 }
 

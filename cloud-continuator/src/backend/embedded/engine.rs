@@ -85,10 +85,14 @@ struct Active {
     generations: u32,
 }
 
-/// Whether a turn waits for news that are there.
-fn to_report(slot: &Slot, active: &Active) -> bool {
-    (!active.prefilled && slot.sequence.cached().len() >= active.prompt.len())
-        || (active.phase == Phase::Committed && slot.sequence.tail().is_some())
+/// Whether a turn's prompt is read, and that is news.
+fn is_read(sequence: &Sequence, active: &Active) -> bool {
+    !active.prefilled && sequence.cached().len() >= active.prompt.len()
+}
+
+/// Whether a turn's committed opener is scored, and that is news.
+fn is_scored(sequence: &Sequence, active: &Active) -> bool {
+    active.phase == Phase::Committed && sequence.tail().is_some()
 }
 
 #[derive(Default)]
@@ -232,7 +236,8 @@ impl<'m> Engine<'m> {
         self.slots.iter().any(|slot| {
             slot.active.as_ref().is_some_and(|active| {
                 !slot.sequence.pending().is_empty()
-                    || to_report(slot, active)
+                    || is_read(&slot.sequence, active)
+                    || is_scored(&slot.sequence, active)
                     || (active.phase == Phase::Generating && active.events.capacity() >= EVENT_ROOM)
             })
         })
@@ -279,9 +284,8 @@ impl<'m> Engine<'m> {
                     if input == Input::Close {
                         self.waiting.remove(n);
                     } else {
-                        let asks = |i: &Input| matches!(i, Input::Judge(_) | Input::Generate(_) | Input::Resume(_));
                         let replaced = self.waiting[n].input.replace(input);
-                        self.waiting[n].replaced += u32::from(replaced.as_ref().is_some_and(asks));
+                        self.waiting[n].replaced += u32::from(replaced.as_ref().is_some_and(Input::generates));
                     }
                 }
             }

@@ -39,14 +39,13 @@ together are one fluent answer. Write only what follows: do not repeat these wor
 pub fn continuation(options: &Options, request: &Request, way: Way, reply: &str) -> Value {
     let mut body = chat(options, request, "");
     match way {
-        _ if reply.is_empty() => thinking_off(&mut body, way),
+        _ if reply.is_empty() => {}
         Way::Prefill(style) => {
             let mut last = json!({"role": "assistant", "content": reply});
             if style == Style::Prefix {
                 last["prefix"] = Value::Bool(true);
             }
             messages(&mut body).push(last);
-            thinking_off(&mut body, way);
             if style == Style::Flags {
                 body["add_generation_prompt"] = Value::Bool(false);
                 body["continue_final_message"] = Value::Bool(true);
@@ -54,7 +53,7 @@ pub fn continuation(options: &Options, request: &Request, way: Way, reply: &str)
         }
         Way::Prompt => body = chat(options, request, &GO_ON.replace("{}", reply)),
     }
-    finished(options, body, &request.parameters)
+    finished(options, body, way, &request.parameters)
 }
 
 /// The body that has `opener` judged, and gone on with, in one request (see [`crate::judge`]).
@@ -63,16 +62,14 @@ pub fn judged(options: &Options, request: &Request, way: Way, opener: &str) -> V
         user_text: crate::judge::ask(&request.user_text, opener),
         ..request.clone()
     };
-    let mut body = chat(options, &asked, "");
-    thinking_off(&mut body, way);
-    finished(options, body, &request.parameters)
+    let body = chat(options, &asked, "");
+    finished(options, body, way, &request.parameters)
 }
 
 /// The body that has the conversation read, and one token generated.
 pub fn warm_up(options: &Options, request: &Request, way: Way) -> Value {
-    let mut body = chat(options, request, "");
-    thinking_off(&mut body, way);
-    finished(options, body, &few_tokens(1))
+    let body = chat(options, request, "");
+    finished(options, body, way, &Parameters::greedy(1))
 }
 
 /// The text that a probe has continued, and what a continuation begins with.
@@ -83,27 +80,9 @@ pub fn probe(options: &Options, style: Style) -> Value {
     let request = Request {
         history: Vec::new(),
         user_text: PROBE.0.into(),
-        parameters: few_tokens(8),
+        parameters: Parameters::greedy(8),
     };
     continuation(options, &request, Way::Prefill(style), PROBE.1)
-}
-
-fn few_tokens(max_tokens: u32) -> Parameters {
-    Parameters {
-        max_tokens,
-        temperature: 0.0,
-        top_p: 1.0,
-        min_p: 0.0,
-        seed: None,
-        stop: Vec::new(),
-    }
-}
-
-/// Servers that take the flags also take arguments for the chat template: thinking would come before the reply text's next word.
-fn thinking_off(body: &mut Value, way: Way) {
-    if way == Way::Prefill(Style::Flags) {
-        body["chat_template_kwargs"] = json!({"enable_thinking": false});
-    }
 }
 
 fn messages(body: &mut Value) -> &mut Vec<Value> {
@@ -144,7 +123,11 @@ fn chat(options: &Options, request: &Request, more: &str) -> Value {
     json!({"model": options.model, "messages": messages})
 }
 
-fn finished(options: &Options, mut body: Value, parameters: &Parameters) -> Value {
+fn finished(options: &Options, mut body: Value, way: Way, parameters: &Parameters) -> Value {
+    // Servers that take the flags also take arguments for the chat template: thinking would come before the reply text's next word.
+    if way == Way::Prefill(Style::Flags) {
+        body["chat_template_kwargs"] = json!({"enable_thinking": false});
+    }
     body["stream"] = Value::Bool(true);
     body["stream_options"] = json!({"include_usage": true});
     body[&options.max_tokens_field] = parameters.max_tokens.into();
@@ -214,7 +197,7 @@ mod tests {
                 stop: (0..6).map(|n| n.to_string()).collect(),
                 temperature: 0.7,
                 seed: Some(u64::MAX),
-                ..few_tokens(9)
+                ..Parameters::greedy(9)
             },
         }
     }

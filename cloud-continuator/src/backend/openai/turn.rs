@@ -163,24 +163,19 @@ impl Serving {
     }
 
     async fn generate(&mut self, asked: &Asked, span: &Span) -> Result<Finish, Failure> {
-        let mut way = self.upstream.way().await?;
-        for last in [false, true] {
-            match self.attempt(asked, way, span).await {
-                // The model behind the name may have changed to one that takes no prefill: find out.
-                Err(Failure::Refused {
-                    status: 400 | 422,
-                    message,
-                }) if !last && self.usage.generated == 0 && self.upstream.options.mode == super::Mode::Auto => {
-                    let now = self.upstream.probed(Some(way)).await?;
-                    if now == way {
-                        return Err(Failure::Refused { status: 400, message });
-                    }
-                    way = now;
+        let way = self.upstream.way().await?;
+        match self.attempt(asked, way, span).await {
+            // The model behind the name may have changed to one that takes no prefill: find out.
+            Err(refused @ Failure::Refused { status: 400 | 422, .. })
+                if self.usage.generated == 0 && self.upstream.options.mode == super::Mode::Auto =>
+            {
+                match self.upstream.probed(Some(way)).await? {
+                    now if now == way => Err(refused),
+                    now => self.attempt(asked, now, span).await,
                 }
-                result => return result,
             }
+            result => result,
         }
-        unreachable!("the last attempt returns")
     }
 
     async fn attempt(&mut self, asked: &Asked, way: Way, span: &Span) -> Result<Finish, Failure> {

@@ -5,7 +5,7 @@ use std::time::Instant;
 use llama_cpp_2::{DecodeError, token::LlamaToken};
 
 use super::{
-    AT_ONCE, BATCH, EVENT_ROOM, Engine, Phase, Slot,
+    AT_ONCE, BATCH, EVENT_ROOM, Engine, Phase, Slot, is_read, is_scored,
     sampling::{choose, take_characters},
     sequence_id,
 };
@@ -164,16 +164,23 @@ impl Engine<'_> {
 }
 
 fn report(slot: &mut Slot) -> bool {
-    let Some(active) = &mut slot.active else { return false };
-    if !active.prefilled && slot.sequence.cached().len() >= active.prompt.len() {
+    let Slot {
+        sequence,
+        active: Some(active),
+        ..
+    } = slot
+    else {
+        return false;
+    };
+    if is_read(sequence, active) {
         active.prefilled = true;
         let _ = active.events.try_send(Event::Prefilled);
     }
-    let scored = active.phase == Phase::Committed && slot.sequence.tail().is_some();
+    let scored = is_scored(sequence, active);
     if scored {
         active.phase = Phase::Scored;
-        active.usage.opener = slot.sequence.scores().len() as u32;
-        let _ = active.events.try_send(Event::Scored(slot.sequence.scores().to_vec()));
+        active.usage.opener = sequence.scores().len() as u32;
+        let _ = active.events.try_send(Event::Scored(sequence.scores().to_vec()));
     }
     scored
 }
