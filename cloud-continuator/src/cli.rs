@@ -1,8 +1,9 @@
 //! The command line.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
+use segue_shared::client::Access;
 
 use crate::{
     backend::openai::Mode,
@@ -32,7 +33,16 @@ pub enum Command {
         /// The continuator's address.
         #[arg(default_value = "http://127.0.0.1:50051")]
         url: String,
+        /// How to be let in.
+        #[command(flatten)]
+        access: Access,
+        /// The device to be.
+        #[arg(long, default_value = "check")]
+        device_id: String,
     },
+    /// Make, revoke and list the tokens of edges.
+    #[command(subcommand)]
+    Token(TokenCommand),
 }
 
 /// Options of `serve`; each outweighs the configuration file.
@@ -44,6 +54,12 @@ pub struct Serve {
     /// Address and port to listen on [default: 127.0.0.1:50051].
     #[arg(long, env = "SEGUE_LISTEN")]
     pub listen: Option<SocketAddr>,
+    /// Address and port for Prometheus (/metrics) and probes (/healthz, /readyz) [default: none].
+    #[arg(long, env = "SEGUE_METRICS_LISTEN")]
+    pub metrics_listen: Option<SocketAddr>,
+    /// Security.
+    #[command(flatten)]
+    pub security: SecurityArgs,
     /// What the model is told first [default: to be a helpful voice assistant].
     #[arg(long, env = "SEGUE_SYSTEM_PROMPT")]
     pub system_prompt: Option<String>,
@@ -56,6 +72,74 @@ pub struct Serve {
     /// Verifier and directives.
     #[command(flatten)]
     pub directives: DirectiveArgs,
+}
+
+/// Who can listen in, and who is let in.
+#[derive(Clone, Debug, Default, PartialEq, Args)]
+#[command(next_help_heading = "Security")]
+pub struct SecurityArgs {
+    /// Certificate chain (PEM): serve over TLS. Read again when it changes.
+    #[arg(long, env = "SEGUE_TLS_CERT", value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+    /// Key (PEM) of the certificate.
+    #[arg(long, env = "SEGUE_TLS_KEY", value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
+    /// Ask edges for a certificate of one of these authorities (PEM): mutual TLS.
+    #[arg(long, env = "SEGUE_CLIENT_CA", value_name = "FILE")]
+    pub client_ca: Option<PathBuf>,
+    /// Let in only edges with a token of this file; `cloud-continuator token new` makes them. Read again when it changes.
+    #[arg(long, env = "SEGUE_TOKENS", value_name = "FILE")]
+    pub tokens: Option<PathBuf>,
+    /// Serve other machines without TLS.
+    #[arg(long)]
+    pub allow_plaintext: bool,
+}
+
+/// What to do with tokens.
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Make a token for a device and print it: it is shown this once, and only its hash is kept.
+    New {
+        /// The device that may use it (edge-agent --device-id).
+        device: String,
+        /// How long it is valid, like 90d [default: until it is revoked].
+        #[arg(long, value_parser = duration, value_name = "TIME")]
+        expires: Option<Duration>,
+        /// File of tokens.
+        #[command(flatten)]
+        file: TokenFile,
+    },
+    /// Make a token invalid; streams that use it end.
+    Revoke {
+        /// Its id, as `list` shows it.
+        id: String,
+        /// File of tokens.
+        #[command(flatten)]
+        file: TokenFile,
+    },
+    /// Show ids, devices and states.
+    List {
+        /// File of tokens.
+        #[command(flatten)]
+        file: TokenFile,
+    },
+}
+
+/// Where tokens are kept.
+#[derive(Debug, Args)]
+pub struct TokenFile {
+    /// File of tokens, which `serve --tokens` reads.
+    #[arg(
+        long = "tokens",
+        env = "SEGUE_TOKENS",
+        default_value = "tokens.toml",
+        value_name = "FILE"
+    )]
+    pub path: PathBuf,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|_| "a time is written like 12h, 90d or 1y".into())
 }
 
 /// The embedded engine.
@@ -148,6 +232,19 @@ impl Serve {
 
     fn apply(&self, settings: &mut Settings) -> Result<(), String> {
         set(&mut settings.listen, &self.listen);
+        settings.metrics_listen = self.metrics_listen.or(settings.metrics_listen);
+        let (to, from) = (&mut settings.transport, &self.security);
+        for (to, from) in [
+            (&mut to.cert_file, &from.tls_cert),
+            (&mut to.key_file, &from.tls_key),
+            (&mut to.client_ca_file, &from.client_ca),
+            (&mut settings.auth.tokens_file, &from.tokens),
+        ] {
+            if from.is_some() {
+                to.clone_from(from);
+            }
+        }
+        to.allow_plaintext |= from.allow_plaintext;
         if self.system_prompt.is_some() {
             settings.system_prompt.clone_from(&self.system_prompt);
         }
@@ -311,6 +408,9 @@ mod tests {
                 "no backend scores",
             ),
             (&["--context", "3"], "--context"),
+            (&["--listen", "0.0.0.0:1"], "--allow-plaintext"),
+            (&["--tls-cert", "c.pem"], "--tls-key"),
+            (&["--client-ca", "c.pem"], "--client-ca"),
             (&["--config", "/nowhere.toml"], "/nowhere.toml"),
         ] {
             let error = settings(args).unwrap_err();

@@ -14,12 +14,13 @@ use serde_json::{Map, Value};
 use thiserror::Error;
 
 use crate::{
+    admission,
     backend::{
         embedded,
         openai::{self, Mode, Secret, body::Style},
     },
     layout::Layout,
-    policy, session,
+    policy, session, tls,
     turn::Judgement,
     verify::{self, Thresholds},
 };
@@ -33,6 +34,13 @@ pub const DEFAULT_MODEL: &str = ".segue/models/SmolLM2-135M-Instruct.Q4_1.gguf";
 pub struct Settings {
     /// Address and port to listen on.
     pub listen: SocketAddr,
+    /// Address and port of metrics and probes; without, there are none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metrics_listen: Option<SocketAddr>,
+    /// TLS.
+    pub transport: Transport,
+    /// Who is let in.
+    pub auth: Auth,
     /// What the model is told first; without one, each layout has its own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub system_prompt: Option<String>,
@@ -45,6 +53,32 @@ pub struct Settings {
     pub limits: Limits,
     /// The backends, best first; where nobody describes one, the embedded engine with its defaults.
     pub backend: Vec<Backend>,
+}
+
+/// TLS.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Transport {
+    /// Certificate chain (PEM).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cert_file: Option<PathBuf>,
+    /// Its key (PEM).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key_file: Option<PathBuf>,
+    /// Authorities (PEM) whose certificates edges must have.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub client_ca_file: Option<PathBuf>,
+    /// Serve other machines without TLS.
+    pub allow_plaintext: bool,
+}
+
+/// Who is let in.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Auth {
+    /// File of tokens; without, no token is asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokens_file: Option<PathBuf>,
 }
 
 /// How openers are judged and corrected.
@@ -99,8 +133,16 @@ pub struct Limits {
     pub user_text_bytes: usize,
     /// Largest history, in bytes of text.
     pub history_bytes: usize,
+    /// Streams at a time; 0: no limit.
+    pub streams: usize,
+    /// Streams of one device at a time; 0: no limit.
+    pub streams_per_device: usize,
+    /// Turns that run at a time; 0: no limit.
+    pub turns: usize,
     /// Turns at a time on one stream.
     pub turns_per_stream: usize,
+    /// Turns that a device may begin in a minute; 0: no limit.
+    pub turns_per_minute: u32,
     /// Most tokens of a continuation.
     pub tokens: u32,
     /// Time for the first frame.
@@ -205,6 +247,9 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 50051)),
+            metrics_listen: None,
+            transport: Transport::default(),
+            auth: Auth::default(),
             system_prompt: None,
             hedge_after: None,
             directives: Directives::default(),
@@ -230,8 +275,12 @@ impl Default for Directives {
 
 impl Default for Limits {
     fn default() -> Self {
-        let limits = session::Limits::default();
+        let (limits, admission) = (session::Limits::default(), admission::Limits::default());
         Self {
+            streams: admission.streams,
+            streams_per_device: admission.streams_per_device,
+            turns: admission.turns,
+            turns_per_minute: admission.turns_per_minute,
             frame_bytes: limits.frame_bytes,
             user_text_bytes: limits.user_text_bytes,
             history_bytes: limits.history_bytes,
@@ -341,6 +390,31 @@ impl Settings {
                 ..policy::Settings::default()
             },
         }
+    }
+
+    /// How much may be asked for at a time.
+    pub fn admission(&self) -> admission::Limits {
+        admission::Limits {
+            streams: self.limits.streams,
+            streams_per_device: self.limits.streams_per_device,
+            turns: self.limits.turns,
+            turns_per_minute: self.limits.turns_per_minute,
+        }
+    }
+
+    /// The files of TLS, if it is used.
+    pub fn tls(&self) -> Option<tls::Files> {
+        let Transport {
+            cert_file,
+            key_file,
+            client_ca_file,
+            ..
+        } = &self.transport;
+        Some(tls::Files {
+            cert: cert_file.clone()?,
+            key: key_file.clone()?,
+            client_ca: client_ca_file.clone(),
+        })
     }
 
     /// What edges may ask for.

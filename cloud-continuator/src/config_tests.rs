@@ -29,6 +29,16 @@ fn full() -> Settings {
                 ..Embedded::default()
             }),
         ],
+        metrics_listen: Some(([127, 0, 0, 1], 9464).into()),
+        transport: Transport {
+            cert_file: Some("cert.pem".into()),
+            key_file: Some("key.pem".into()),
+            client_ca_file: Some("ca.pem".into()),
+            allow_plaintext: false,
+        },
+        auth: Auth {
+            tokens_file: Some("tokens.toml".into()),
+        },
         ..Settings::default()
     }
 }

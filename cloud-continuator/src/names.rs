@@ -18,6 +18,8 @@ pub const FINISH_REASONS: &str = "gen_ai.response.finish_reasons";
 pub const VERDICT: &str = "segue.verdict";
 /// Words of the opener before the first wrong one.
 pub const GOOD_WORDS: &str = "segue.verdict.good_words";
+/// Whether the turn went on from the reply of an earlier stream.
+pub const RESUMED: &str = "segue.turn.resumed";
 /// `none`, `bridge`, `revise` or `restart`.
 pub const DIRECTIVE: &str = "segue.directive";
 /// Tokens computed and thrown away.

@@ -1,6 +1,6 @@
 //! Checking what a turn asks for.
 
-use segue_shared::proto::{GenerationParameters, Role, StartTurn};
+use segue_shared::proto::{Role, StartTurn};
 
 use crate::{
     backend::{Message, Parameters, Request},
@@ -49,12 +49,24 @@ pub fn check(start: &StartTurn, limits: &Limits) -> Result<Request, String> {
     Ok(Request {
         history: history.collect::<Result<_, _>>()?,
         user_text: text.to_owned(),
-        parameters: parameters(start.parameters.as_ref(), limits)?,
+        parameters: parameters(start, limits)?,
     })
 }
 
-fn parameters(given: Option<&GenerationParameters>, limits: &Limits) -> Result<Parameters, String> {
-    let given = given.cloned().unwrap_or_default();
+/// Whether earlier attempts at the turn have generated all that it may have.
+pub fn exhausted(start: &StartTurn, limits: &Limits) -> bool {
+    start.generated_tokens > 0 && start.generated_tokens >= most_tokens(start, limits)
+}
+
+fn most_tokens(start: &StartTurn, limits: &Limits) -> u32 {
+    match start.parameters.as_ref().map_or(0, |given| given.max_tokens) {
+        0 => DEFAULT_TOKENS.min(limits.tokens),
+        wanted => wanted,
+    }
+}
+
+fn parameters(start: &StartTurn, limits: &Limits) -> Result<Parameters, String> {
+    let given = start.parameters.clone().unwrap_or_default();
     let within = |name: &str, value: Option<f32>, default: f32, range: &str, ok: &dyn Fn(f32) -> bool| match value {
         None => Ok(default),
         Some(value) if ok(value) => Ok(value),
@@ -77,11 +89,7 @@ fn parameters(given: Option<&GenerationParameters>, limits: &Limits) -> Result<P
         return Err(format!("a stop text must have 1 to {} bytes", STOPS.1));
     }
     Ok(Parameters {
-        max_tokens: if given.max_tokens == 0 {
-            DEFAULT_TOKENS.min(limits.tokens)
-        } else {
-            given.max_tokens
-        },
+        max_tokens: most_tokens(start, limits).saturating_sub(start.generated_tokens).max(1),
         temperature: within("temperature", given.temperature, 0.0, "0 to 2", &|v| {
             (0.0..=2.0).contains(&v)
         })?,
@@ -94,7 +102,7 @@ fn parameters(given: Option<&GenerationParameters>, limits: &Limits) -> Result<P
 
 #[cfg(test)]
 mod tests {
-    use segue_shared::proto;
+    use segue_shared::proto::{self, GenerationParameters};
 
     use super::*;
 

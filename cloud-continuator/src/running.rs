@@ -1,7 +1,7 @@
 //! A turn in progress: the state machine with its backend, its clock and its trace.
 
 use std::{
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
@@ -15,9 +15,11 @@ use tokio::time::Instant;
 use tracing::{Span, field::Empty, info_span};
 
 use crate::{
+    admission::TurnPlace,
     attempts::{Attempts, News},
     backend::{Event, Failure, Finish, Request, Usage},
-    names,
+    metrics::Outcome,
+    names, request,
     session::Service,
     turn::{Effect, Incoming, Mark, Turn, failed, turn_failed},
     verify::Verdict,
@@ -39,6 +41,9 @@ pub struct Running {
     span: Span,
     prefill_span: Span,
     phase: Span,
+    /// Its place among the turns that run, as long as it does.
+    place: Option<TurnPlace>,
+    /// Whether its end was counted.
     counted: bool,
 }
 
@@ -52,6 +57,7 @@ impl Running {
         surface: Surface,
         start: &StartTurn,
         request: Request,
+        place: TurnPlace,
     ) -> Result<Self, TurnFailed> {
         let span = info_span!(
             "continuation",
@@ -67,6 +73,7 @@ impl Running {
             segue.verdict = Empty,
             segue.verdict.good_words = Empty,
             segue.directive = Empty,
+            segue.turn.resumed = Empty,
             segue.tokens.wasted = Empty,
             error.type = Empty,
             otel.status_code = Empty,
@@ -88,12 +95,12 @@ impl Running {
             else {
                 unreachable!("failed() makes Fail")
             };
+            service.metrics.turn(error);
             turn_failed(start.turn_id, error, message, retryable, retry_after)
         })?;
         let now = Instant::now();
         let limit = service.limits.turn;
         let allowed = proto::std_duration(start.deadline).map_or(limit, |wish| wish.min(limit));
-        service.running.fetch_add(1, Ordering::Relaxed);
         let mut this = Self {
             id: start.turn_id,
             machine: Turn::new(start.turn_id, surface, service.judgement, start.tone(), history),
@@ -108,8 +115,12 @@ impl Running {
             prefill_span: info_span!(parent: &span, "prefill"),
             phase: Span::none(),
             span,
-            counted: true,
+            place: Some(place),
+            counted: false,
         };
+        if request::exhausted(start, &service.limits) {
+            this.machine.exhaust();
+        }
         this.served_anew();
         Ok(this)
     }
@@ -170,6 +181,10 @@ impl Running {
 
     /// Takes an event; returns the frames to send.
     pub fn on(&mut self, incoming: Incoming) -> Vec<CloudFrame> {
+        if let Incoming::Commit { resumed: true, .. } = incoming {
+            self.service.metrics.resumed();
+            self.span.record(names::RESUMED, true);
+        }
         let effects = self.machine.on(incoming);
         let mut frames = Vec::new();
         for effect in effects {
@@ -192,7 +207,6 @@ impl Running {
                     }
                 }
                 Effect::Reopen(input) => {
-                    self.count(true);
                     if let Err(failure) = self.attempts.reopen().and_then(|()| self.attempts.send(input)) {
                         frames.extend(self.news(News::Event(Event::Failed(failure))));
                     }
@@ -260,7 +274,7 @@ impl Running {
     }
 
     /// The turn failed for a reason outside its backend.
-    pub fn failed(self, error: TurnError) {
+    pub fn failed(mut self, error: TurnError) {
         self.record_failure(error);
     }
 
@@ -277,7 +291,10 @@ impl Running {
         self.span.record(names::WASTED_TOKENS, usage.wasted);
         self.span.record(names::FINISH_REASONS, name);
         self.phase = Span::none();
-        self.count(false);
+        self.count(match reason {
+            proto::FinishReason::Cancelled => Outcome::cancelled,
+            _ => Outcome::complete,
+        });
         if !self.kept() || reason == proto::FinishReason::Cancelled {
             self.span = Span::none();
         }
@@ -302,26 +319,25 @@ impl Running {
         }
     }
 
-    fn record_failure(&self, error: TurnError) {
+    fn record_failure(&mut self, error: TurnError) {
+        self.count(error);
         let name = error.as_str_name().trim_start_matches("TURN_ERROR_").to_lowercase();
         self.span.record(names::ERROR_TYPE, name.as_str());
         self.span.record("otel.status_code", "ERROR");
         tracing::warn!(turn = self.id, error = name, "turn failed");
     }
 
-    fn count(&mut self, running: bool) {
-        if std::mem::replace(&mut self.counted, running) != running {
-            if running {
-                self.service.running.fetch_add(1, Ordering::Relaxed);
-            } else {
-                self.service.running.fetch_sub(1, Ordering::Relaxed);
-            }
+    /// The turn is over: it is counted, once, and its place is free.
+    fn count(&mut self, outcome: impl Into<Outcome>) {
+        self.place = None;
+        if !std::mem::replace(&mut self.counted, true) {
+            self.service.metrics.turn(outcome);
         }
     }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.count(false);
+        self.count(Outcome::dropped);
     }
 }

@@ -8,7 +8,7 @@ use std::{
     pin::pin,
     sync::{
         Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     task::Poll,
     time::Duration,
@@ -27,8 +27,11 @@ use tokio_stream::{Stream, StreamExt};
 use tonic::Status;
 
 use crate::{
+    admission::{Admission, StreamPlace},
     attempts::News,
     backends::Backends,
+    door::Caller,
+    metrics::Metrics,
     request,
     running::Running,
     turn::{Incoming, Judgement, turn_failed},
@@ -90,8 +93,10 @@ pub struct Service {
     pub draining: watch::Receiver<Option<Duration>>,
     /// Moving average of prefill and time from commit to first text together, in microseconds; 0 before the first.
     pub first_text_micros: AtomicU64,
-    /// Turns that run now.
-    pub running: AtomicUsize,
+    /// How much may be asked for.
+    pub admission: Arc<Admission>,
+    /// What is counted.
+    pub metrics: Metrics,
 }
 
 impl Service {
@@ -133,31 +138,42 @@ impl Service {
 /// Where frames to the edge go. It is bounded: a stream whose reader is slow waits, and with it only its own turns.
 ///
 /// (Frames are boxed because a channel sets room for 32 of its items aside, for every stream.)
-pub type Outgoing = mpsc::Sender<Box<Result<CloudFrame, Status>>>;
+pub type Outgoing = mpsc::Sender<Box<CloudFrame>>;
 
-/// Serves one stream until it ends.
-pub async fn converse<S>(service: Arc<Service>, frames: S, out: Outgoing)
+/// Serves one stream of `caller` until it ends.
+///
+/// # Errors
+/// The status that the stream ends with, after the frames that were sent.
+pub async fn converse<S>(
+    service: Arc<Service>,
+    caller: Caller,
+    mut place: StreamPlace,
+    frames: S,
+    out: Outgoing,
+) -> Result<(), Status>
 where
     S: Stream<Item = Result<EdgeFrame, Status>> + Send,
 {
     let mut frames = pin!(frames);
-    match handshake::greet(&service, frames.as_mut()).await {
-        Err(status) => drop(out.send(Box::new(Err(status))).await),
-        Ok((welcome, surface)) => {
-            if out.send(Box::new(Ok(welcome.into()))).await.is_err() {
-                return;
-            }
-            let session = Session {
-                service,
-                out: out.clone(),
-                surface,
-                turns: BTreeMap::new(),
-                last_turn: 0,
-            };
-            if let Err(End::Status(status)) = session.run(frames).await {
-                let _ = out.send(Box::new(Err(status))).await;
-            }
-        }
+    let greeted = handshake::greet(&service, &caller, &mut place, frames.as_mut()).await?;
+    if out.send(Box::new(greeted.welcome.into())).await.is_err() {
+        return Ok(());
+    }
+    let session = Session {
+        service,
+        out,
+        device: greeted.device,
+        surface: greeted.surface,
+        turns: BTreeMap::new(),
+        last_turn: 0,
+    };
+    let served = tokio::select! {
+        served = session.run(frames) => served,
+        denied = caller.denied() => Err(End::Status(denied.into())),
+    };
+    match served {
+        Err(End::Status(status)) => Err(status),
+        Ok(()) | Err(End::Gone) => Ok(()),
     }
 }
 
@@ -171,6 +187,7 @@ enum End {
 struct Session {
     service: Arc<Service>,
     out: Outgoing,
+    device: String,
     surface: Surface,
     turns: BTreeMap<u64, Running>,
     last_turn: u64,
@@ -375,9 +392,7 @@ impl Session {
         self.last_turn = id;
         if self.service.draining.borrow().is_some() {
             let message = "this continuator is going away; start the turn at another";
-            return self
-                .send(turn_failed(id, TurnError::Overloaded, message.into(), true, None).into())
-                .await;
+            return self.turn_away(id, TurnError::Overloaded, message.into(), None).await;
         }
         // An ended turn is kept only as long as its directive may be refused: until the next turn.
         self.turns.retain(|_, turn| !turn.ended());
@@ -386,25 +401,40 @@ impl Session {
                 "{} turns are running on this stream, which is the limit",
                 self.turns.len()
             );
-            return self
-                .send(turn_failed(id, TurnError::Overloaded, message, true, None).into())
-                .await;
+            return self.turn_away(id, TurnError::Overloaded, message, None).await;
         }
         let request = match request::check(&start, &self.service.limits) {
             Ok(request) => request,
-            Err(message) => {
-                return self
-                    .send(turn_failed(id, TurnError::InvalidArgument, message, false, None).into())
-                    .await;
+            Err(message) => return self.turn_away(id, TurnError::InvalidArgument, message, None).await,
+        };
+        let place = match self.service.admission.turn(&self.device, Instant::now()) {
+            Ok(place) => place,
+            Err(refused) => {
+                let after = Some(refused.retry_after);
+                return self.turn_away(id, TurnError::Overloaded, refused.message, after).await;
             }
         };
-        match Running::open(&self.service, self.surface, &start, request) {
+        match Running::open(&self.service, self.surface, &start, request, place) {
             Ok(turn) => {
                 self.turns.insert(id, turn);
                 Ok(())
             }
             Err(failed) => self.send(failed.into()).await,
         }
+    }
+
+    /// Says that a turn is not begun, and why.
+    async fn turn_away(
+        &mut self,
+        id: u64,
+        error: TurnError,
+        message: String,
+        retry_after: Option<Duration>,
+    ) -> Result<(), End> {
+        self.service.metrics.turn(error);
+        let retryable = error == TurnError::Overloaded;
+        self.send(turn_failed(id, error, message, retryable, retry_after).into())
+            .await
     }
 
     async fn incoming(&mut self, id: u64, incoming: Incoming) -> Result<(), End> {
@@ -468,12 +498,14 @@ impl Session {
 
     /// Sends a frame. A reader that takes none for a while is given up: its turns would hold their places for nothing.
     async fn send(&mut self, frame: CloudFrame) -> Result<(), End> {
-        match tokio::time::timeout(SLOW_READER, self.out.send(Box::new(Ok(frame)))).await {
+        match tokio::time::timeout(SLOW_READER, self.out.send(Box::new(frame))).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(_)) => Err(End::Gone),
             Err(_) => {
                 tracing::warn!("an edge took no frame for {SLOW_READER:?}; its stream is ended");
-                Err(End::Gone)
+                Err(End::Status(Status::resource_exhausted(format!(
+                    "no frame was taken for {SLOW_READER:?}; read faster, and connect again"
+                ))))
             }
         }
     }

@@ -10,9 +10,9 @@ use segue_shared::{
 };
 
 pub use self::events::{Effect, Incoming, Mark, failed, turn_failed};
-use self::events::{invalid, too_long, unexpected};
+use self::events::{invalid, too_long, too_much_heard, unexpected};
 use crate::{
-    backend::{Event, Input, Message, Usage},
+    backend::{Event, Finish, Input, Message, Usage},
     judge::Control,
     policy,
     verify::{self, Answer, Judged, Thresholds, Verdict, Verifier},
@@ -55,6 +55,8 @@ pub struct Turn {
     opener: String,
     /// Bytes of the reply text that are fixed: sent, or committed and kept.
     length: usize,
+    /// The most bytes that the reply text ever had.
+    longest: usize,
     heard: usize,
     revision: u32,
     seam: Seam,
@@ -71,6 +73,7 @@ pub struct Turn {
     /// The model has said something since it was asked.
     went_on: bool,
     failed: bool,
+    exhausted: bool,
     /// The generation that was asked for last, counted from 0 within the backend's turn, and what was asked.
     asked: Option<(u32, Input)>,
 }
@@ -92,6 +95,7 @@ impl Turn {
             verifier: None,
             opener: String::new(),
             length: 0,
+            longest: 0,
             heard: 0,
             revision: 0,
             seam: Seam::new(""),
@@ -103,8 +107,14 @@ impl Turn {
             model_text: String::new(),
             went_on: false,
             failed: false,
+            exhausted: false,
             asked: None,
         }
+    }
+
+    /// The turn's tokens were used up by earlier attempts: when their reply is committed, it is complete.
+    pub fn exhaust(&mut self) {
+        self.exhausted = true;
     }
 
     /// Says whether the backend that serves the turn scores openers.
@@ -132,6 +142,12 @@ impl Turn {
         let effects = match incoming {
             Incoming::Delta { offset, text } => self.delta(offset, &text),
             Incoming::Commit { prefix, resumed } => self.commit(prefix, resumed),
+            // What is heard before the commit may be the reply of an earlier attempt: the commit tells.
+            Incoming::Heard(bytes) | Incoming::Refused(_, bytes)
+                if self.state != State::Opening && bytes > self.longest =>
+            {
+                too_much_heard(bytes, self.longest)
+            }
             Incoming::Heard(bytes) => {
                 self.heard = self.heard.max(bytes);
                 Vec::new()
@@ -171,10 +187,29 @@ impl Turn {
         if prefix.len() > OPENER_BYTES {
             return too_long(OPENER_BYTES);
         }
+        if self.heard > prefix.len() {
+            return too_much_heard(self.heard, prefix.len());
+        }
         self.length = prefix.len();
+        self.longest = prefix.len();
         self.opener = prefix;
+        if resumed && !self.opener.is_empty() {
+            // The reply of an earlier attempt, judged there, and cut off wherever it was cut off: it goes on within it.
+            let marks = vec![Effect::Mark(Mark::Committed), Effect::Mark(Mark::Verified(None, None))];
+            if self.exhausted {
+                self.state = State::Ended;
+                return [marks, vec![Effect::End(Finish::Length, self.usage)]].concat();
+            }
+            self.state = State::Generating;
+            self.seam = Seam::within();
+            self.joined_to.clone_from(&self.opener);
+            self.model_text.clone_from(&self.opener);
+            self.went_on = true;
+            let input = self.ask(Input::Resume(self.opener.clone()));
+            return [marks, vec![input]].concat();
+        }
         self.state = State::Verifying;
-        let judged = !resumed && self.judgement.policy.verify && words::count(&self.opener) > 0;
+        let judged = self.judgement.policy.verify && words::count(&self.opener) > 0;
         self.verifier = judged.then(|| self.new_verifier());
         let question = self.question();
         vec![Effect::Mark(Mark::Committed), self.ask(question)]
@@ -442,8 +477,10 @@ impl Turn {
             revision: self.revision,
             offset: self.length as u32,
             text,
+            generated_tokens: self.usage.generated,
         };
         self.length += chunk.text.len();
+        self.longest = self.longest.max(self.length);
         let mut effects = vec![Effect::Send(chunk.into())];
         if !std::mem::replace(&mut self.spoke, true) {
             effects.push(Effect::Mark(Mark::FirstText));

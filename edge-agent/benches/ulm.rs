@@ -54,6 +54,7 @@ fn main() {
             let (report, steps) = mpsc::channel();
             let started = Instant::now();
             let request = Generate {
+                said: String::new(),
                 question: question.into(),
                 sampling: Sampling::default(),
                 max_tokens: 24,

@@ -1,15 +1,17 @@
 //! The command line.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use segue_shared::{
+    client::Access,
     proto::{GenerationParameters, Tone},
     reply_log::Surface,
 };
 
 use crate::{
-    conversation::Options,
+    conversation::{Offline, Options},
+    link,
     opener::{MAX_WORDS, MIN_WORDS, Policy},
     ulm::{self, precision::Precision, sampler::Sampling},
 };
@@ -39,6 +41,9 @@ pub enum Command {
     },
     /// Talk: a line, a reply, and so on until the end of the input.
     Chat {
+        /// A new line interrupts the reply that is being given; on a terminal it always does.
+        #[arg(long)]
+        barge_in: bool,
         /// How.
         #[command(flatten)]
         options: Box<Talk>,
@@ -48,9 +53,15 @@ pub enum Command {
 /// Options of a conversation.
 #[derive(Debug, Args)]
 pub struct Talk {
-    /// The continuator's address.
-    #[arg(long, default_value = "http://127.0.0.1:50051", env = "SEGUE_SERVER")]
-    pub server: String,
+    /// The continuator's address; several, separated by commas, are tried in this order.
+    #[arg(
+        long = "server",
+        default_value = "http://127.0.0.1:50051",
+        env = "SEGUE_SERVER",
+        value_delimiter = ',',
+        value_name = "URL"
+    )]
+    pub servers: Vec<String>,
     /// Folder of the micro language model (config.json, model.safetensors, tokenizer.json).
     #[arg(long, default_value = "edge-agent/model", env = "SEGUE_ULM")]
     pub model: PathBuf,
@@ -93,6 +104,25 @@ pub struct Talk {
     /// Threads of the micro language model [default: one per core].
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=256))]
     pub threads: Option<u16>,
+    /// When the micro language model answers alone: never, when no continuator can be reached, or always.
+    #[arg(long, value_enum, default_value_t)]
+    pub offline: Offline,
+    /// How long a reply that was cut off waits for a continuator to go on with it; after that, what was shown stays.
+    #[arg(long, default_value = "30s", value_parser = time, value_name = "TIME")]
+    pub resume_within: Duration,
+    /// Silence of the continuator after which it counts as lost.
+    #[arg(long, default_value = "30s", value_parser = time, value_name = "TIME")]
+    pub stall: Duration,
+    /// Tokens (the micro language model's) of earlier conversation that the continuator is told at most; when they are exceeded, the
+    /// oldest exchanges are left out until half remains.
+    #[arg(long, default_value_t = 2048)]
+    pub history_tokens: usize,
+    /// This device's name; it must be the one that the token or the certificate was given to [default: the machine's name].
+    #[arg(long, env = "SEGUE_DEVICE_ID", value_name = "NAME")]
+    pub device_id: Option<String>,
+    /// Security.
+    #[command(flatten)]
+    pub access: Access,
     /// Say these words in place of the micro language model's (for trying out directives).
     #[arg(long, value_name = "WORDS")]
     pub force_opener: Option<String>,
@@ -134,6 +164,10 @@ fn number(text: &str, what: &str, ok: impl Fn(f32) -> bool) -> Result<f32, Strin
         .ok_or_else(|| what.to_owned())
 }
 
+fn time(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|_| "a time is written like 500ms, 10s or 2m".into())
+}
+
 fn temperature(text: &str) -> Result<f32, String> {
     number(text, "a temperature is a number from 0 to 2", |v| {
         (0.0..=2.0).contains(&v)
@@ -159,6 +193,14 @@ impl Talk {
             folder: self.model.clone(),
             precision: self.precision,
             threads: self.threads.map(usize::from),
+        }
+    }
+
+    /// Whom to call.
+    pub fn link(&self) -> link::Options {
+        link::Options {
+            servers: self.servers.clone(),
+            access: self.access.clone(),
         }
     }
 
@@ -201,6 +243,10 @@ impl Talk {
                 Some(ToneArg::Playful) => Tone::Playful,
             },
             forced_opener: self.force_opener.clone(),
+            offline: self.offline,
+            stall: self.stall,
+            resume_within: self.resume_within,
+            history_tokens: self.history_tokens,
         }
     }
 }
@@ -229,6 +275,10 @@ mod tests {
             ("--surface", "paper"),
             ("--output", "xml"),
             ("--tone", "angry"),
+            ("--offline", "perhaps"),
+            ("--resume-within", "-1s"),
+            ("--stall", "soon"),
+            ("--cert", "only.pem"),
         ] {
             let parsed = Cli::try_parse_from(["edge-agent", "ask", "why?", &format!("{flag}={value}")]);
             assert!(parsed.is_err(), "{flag} {value}");

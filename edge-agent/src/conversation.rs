@@ -1,34 +1,53 @@
-//! A conversation: turns one after the other, each with the μLM, the continuator, the surface and the clock around its state machine.
+//! A conversation: turns one after the other, each with the μLM, a continuator (one after the other, if need be), the surface and the
+//! clock around its state machine.
 
-use std::{future::pending, ops::ControlFlow, time::Duration};
+mod history;
+mod run;
+mod speaker;
+
+use std::{future::pending, time::Duration};
 
 use segue_shared::{
-    client,
-    proto::{self, Role, StartTurn, cloud_frame::Body},
+    client::ConnectError,
+    proto::{self, EdgeFrame, StartTurn, Welcome, cloud_frame::Body},
     reply_log::Surface,
     telemetry::TraceContext,
-    words,
 };
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep_until},
 };
-use tracing::{Span, field::Empty, info_span};
+use tracing::{field::Empty, info_span};
 
+use self::{
+    history::History,
+    run::{Run, Wish},
+    speaker::Said,
+};
 use crate::{
-    opener::{Decision, Opener, Policy, Reason},
-    player::{Piece, Player},
-    turn::{Effect, Event, Over, Show, Turn},
-    ulm::{Engine, Generate, Step, sampler::Sampling, text::Word},
+    link::{Link, News},
+    opener::Policy,
+    player::Piece,
+    turn::{Event, Over, Show, Turn},
+    ulm::{Engine, sampler::Sampling},
 };
 
-/// Silence of the continuator after which it counts as lost.
-const STALL: Duration = Duration::from_secs(30);
-/// Tokens that the μLM may spend on an opener.
-const OPENER_TOKENS: usize = 32;
-/// Bytes of history that are sent at most. When it grows past this, the oldest exchanges are left out until half of it remains: a history
-/// that lost its head a little every turn would have to be read anew by the continuator every turn.
-const HISTORY_BYTES: usize = 8 << 10;
+/// Bytes that a question may have where no continuator has said otherwise.
+const QUESTION_BYTES: usize = 16 << 10;
+/// How long to wait before a turn is put again to the only server there is, when that does not say.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// When the μLM answers without a continuator.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Offline {
+    /// Never: without a continuator there is no reply.
+    Never,
+    /// When no continuator can be reached.
+    #[default]
+    Auto,
+    /// Always: no continuator is called.
+    Always,
+}
 
 /// How turns are run.
 #[derive(Clone, Debug)]
@@ -47,6 +66,14 @@ pub struct Options {
     pub tone: proto::Tone,
     /// Words to say in place of the μLM's.
     pub forced_opener: Option<String>,
+    /// When the μLM answers alone.
+    pub offline: Offline,
+    /// Silence of the continuator after which it counts as lost.
+    pub stall: Duration,
+    /// How long a reply waits for a continuator that goes on with it.
+    pub resume_within: Duration,
+    /// Tokens (the μLM's) of earlier conversation that are told to the continuator at most.
+    pub history_tokens: usize,
 }
 
 /// What a view is told, in the order in which it happens.
@@ -94,14 +121,22 @@ pub struct Outcome {
     pub timings: Timings,
     /// Whether the μLM said the first word.
     pub opened: bool,
+    /// How often the turn was taken up again after its continuator was lost.
+    pub resumed: u32,
 }
 
-/// A conversation with one continuator.
+/// A conversation with continuators.
 pub struct Conversation {
     engine: Engine,
-    link: client::Conversation,
+    /// `None` when none is wanted, or none will come.
+    link: Option<Link>,
+    /// Whether there are several servers to choose from.
+    several: bool,
+    server: Option<Server>,
+    /// Why there was no server, the last time.
+    failure: Option<ConnectError>,
     options: Options,
-    history: Vec<proto::Message>,
+    history: History,
     next_turn: u64,
     /// The continuator's estimate of its time to the first text.
     estimate: Option<Duration>,
@@ -109,37 +144,107 @@ pub struct Conversation {
     own_first_word: Option<Duration>,
 }
 
+/// The continuator that serves us.
+struct Server {
+    welcome: Welcome,
+    outgoing: mpsc::Sender<EdgeFrame>,
+    /// It is going away: the next turn goes elsewhere.
+    draining: bool,
+}
+
 impl Conversation {
-    /// A conversation over an open link.
-    pub fn new(engine: Engine, link: client::Conversation, options: Options) -> Self {
-        let estimate = proto::std_duration(link.welcome.first_token_estimate);
+    /// A conversation over `link`, which has a choice of `servers` servers; without one, the μLM is alone.
+    pub fn new(engine: Engine, link: Option<Link>, servers: usize, options: Options) -> Self {
         Self {
             engine,
             link,
+            several: servers > 1,
+            server: None,
+            failure: None,
             options,
-            history: Vec::new(),
+            history: History::default(),
             next_turn: 1,
-            estimate,
+            estimate: None,
             own_first_word: None,
         }
     }
 
-    /// The large model's name.
-    pub fn model(&self) -> &str {
-        &self.link.welcome.model
+    /// Waits until a continuator is there, or cannot be had, or `limit` has passed.
+    pub async fn ready(&mut self, limit: Duration) {
+        let news = async {
+            while self.server.is_none() && self.failure.is_none() && self.link.is_some() {
+                self.news().await;
+            }
+        };
+        let _ = tokio::time::timeout(limit, news).await;
+    }
+
+    /// Looks after the link while there is no turn; never returns, and may be dropped at any time.
+    pub async fn attend(&mut self) {
+        loop {
+            self.news().await;
+            self.leave_what_drains();
+        }
+    }
+
+    /// The large model's name, where a continuator is there.
+    pub fn model(&self) -> Option<&str> {
+        self.server.as_ref().map(|server| server.welcome.model.as_str())
+    }
+
+    /// Why there is no continuator.
+    pub fn failure(&self) -> Option<&ConnectError> {
+        self.failure.as_ref()
     }
 
     /// Bytes that a question may have.
     pub fn question_limit(&self) -> usize {
-        self.link
-            .welcome
-            .limits
-            .map_or(usize::MAX, |limits| limits.max_user_text_bytes as usize)
+        let limits = self.server.as_ref().and_then(|server| server.welcome.limits);
+        limits.map_or(QUESTION_BYTES, |limits| limits.max_user_text_bytes as usize)
     }
 
     /// Changes how the following turns are run.
     pub fn options(&mut self) -> &mut Options {
         &mut self.options
+    }
+
+    /// Takes the link's next news; the frame, if it was one.
+    async fn news(&mut self) -> Option<Body> {
+        let news = match &mut self.link {
+            Some(link) => link.next().await,
+            None => pending().await,
+        };
+        self.learn(news)
+    }
+
+    fn learn(&mut self, news: Option<News>) -> Option<Body> {
+        match news {
+            Some(News::Connected { welcome, outgoing }) => {
+                self.failure = None;
+                self.estimate = proto::std_duration(welcome.first_token_estimate).or(self.estimate);
+                self.server = Some(Server {
+                    welcome: *welcome,
+                    outgoing,
+                    draining: false,
+                });
+            }
+            Some(News::Frame(frame)) => {
+                if let (Some(Body::Drain(_)), Some(server)) = (&frame.body, &mut self.server) {
+                    server.draining = true;
+                }
+                return frame.body;
+            }
+            Some(News::Lost(_)) => self.server = None,
+            Some(News::Failed(error)) => self.failure = Some(error),
+            None => self.link = None,
+        }
+        None
+    }
+
+    fn leave_what_drains(&mut self) {
+        if let (Some(link), Some(_)) = (&self.link, self.server.take_if(|server| server.draining)) {
+            link.move_on();
+        }
     }
 
     /// Asks a question and shows the reply; `interrupt` resolves when the user has had enough.
@@ -160,66 +265,130 @@ impl Conversation {
             segue.opener.first_word = Empty,
             segue.handoff.gap = Empty,
             segue.directive = Empty,
+            segue.turn.resumed = Empty,
             otel.status_code = Empty,
         );
-        let start = self.start_frame(question, &TraceContext::of(&span));
-        let (turn, effects) = Turn::begin(self.options.surface, start);
-        let mut run = Run {
-            started: Instant::now(),
-            turn,
-            player: Player::new(self.options.surface, self.options.words_per_minute),
-            surface: self.options.surface,
-            outgoing: self.link.outgoing.clone(),
-            view,
-            over: None,
-            timings: Timings::default(),
-            opened: false,
-            opener_span: info_span!(parent: &span, "opener.generate", gen_ai.request.model = self.engine.info().name),
-            handoff_span: Span::none(),
-            render_span: Span::none(),
-            span,
+        while let Some(news) = self.link.as_mut().and_then(Link::try_next) {
+            self.learn(Some(news));
+        }
+        self.leave_what_drains();
+        let opener_span = info_span!(parent: &span, "opener.generate", gen_ai.request.model = self.engine.info().name);
+        let turn = Turn::new(
+            self.options.surface,
+            self.start_frame(question, &TraceContext::of(&span)),
+        );
+        let options = self.options.clone();
+        let mut run = Run::new(turn, &options, view, span, opener_span);
+        let mut id = self.new_id();
+        let mut words = if self.link.is_none() && self.failure.is_none() {
+            run.on(give_up("no continuator was wanted (--offline always)", true))
+                .await;
+            mpsc::channel(1).1 // nobody opens; the wish to go on alone is granted below
+        } else {
+            speaker::open(
+                &self.engine,
+                question,
+                &self.options,
+                self.estimate,
+                self.own_first_word,
+            )
         };
-        self.next_turn += 1;
-        run.apply(effects).await;
-        let mut words = self.speak(question);
+        match (&self.server, &self.link) {
+            (Some(server), _) => run.connect(&server.outgoing, id).await,
+            (None, Some(link)) => link.hurry(),
+            (None, None) => {}
+        }
         let mut interrupt = std::pin::pin!(interrupt);
         let mut interrupted = false;
-        let mut news = Instant::now();
-        while run.over.is_none() || !run.player.idle() {
-            let over = run.over.is_some();
-            let wake = run.player.wake();
+        // Since when nothing has come of what was waited for, and since when there is no continuator.
+        let (mut quiet_since, mut stuck_since) = (Instant::now(), None::<Instant>);
+        let mut retry_at = None;
+        while !run.settled() {
+            for wish in run.take_wishes() {
+                match wish {
+                    Wish::GoOnAlone => {
+                        words = speaker::alone(&self.engine, question, run.machine().log().text(), &self.options);
+                    }
+                    Wish::Retry(after) => match (&self.link, self.several) {
+                        // Another one may have room now.
+                        (Some(link), true) => {
+                            self.server = None;
+                            link.move_on();
+                        }
+                        _ => retry_at = Some(Instant::now() + after.unwrap_or(RETRY)),
+                    },
+                }
+            }
+            let over = run.is_over();
+            let connected = run.machine().connected();
+            if connected || over || run.machine().alone() {
+                retry_at = None;
+            } else {
+                stuck_since.get_or_insert_with(Instant::now);
+            }
+            let give_up_at = stuck_since
+                .filter(|_| !connected && !run.machine().alone())
+                .map(|since| since + self.options.resume_within);
+            let stall_at = connected.then(|| quiet_since + self.options.stall);
+            let linked = self.link.is_some();
             tokio::select! {
                 biased;
                 () = &mut interrupt, if !interrupted => {
                     interrupted = true;
                     run.interrupt().await;
                 }
-                () = async { match wake { Some(at) => sleep_until(at).await, None => pending().await } } => {}
-                Some(step) = words.recv(), if !over => match step {
+                () = at(run.wake()) => {}
+                Some(said) = words.recv(), if !over => match said {
                     Said::Word(text) => run.on(Event::Word(text)).await,
+                    Said::AloneDone => run.on(Event::AloneDone).await,
                     Said::Done(decision) => {
                         run.opener_done(&decision);
-                        news = Instant::now();
+                        quiet_since = Instant::now();
                         run.on(Event::OpenerDone(decision)).await;
                     }
                 },
-                frame = self.link.incoming.message(), if !over => {
-                    news = Instant::now();
-                    let event = match frame {
-                        Ok(Some(frame)) => self.frame(frame),
-                        Ok(None) => Some(Event::Lost("the continuator closed the connection".into())),
-                        Err(status) => Some(Event::Lost(lost(&status))),
-                    };
-                    if let Some(event) = event {
-                        run.on(event).await;
+                body = self.news(), if linked => {
+                    quiet_since = Instant::now();
+                    match body {
+                        Some(body) => {
+                            if let (Body::Chunk(_) | Body::Directive(_), true) = (&body, turn_of(&body) == Some(id)) {
+                                stuck_since = None;
+                            }
+                            if turn_of(&body) == Some(id) && !over {
+                                run.on(Event::Frame(body)).await;
+                            }
+                        }
+                        None if over => {}
+                        None => self.relinked(&mut run, id).await,
                     }
                 }
-                () = sleep_until(news + STALL), if !over => {
-                    run.on(Event::Lost(format!("the continuator said nothing for {STALL:?}"))).await;
+                () = at(retry_at) => {
+                    retry_at = None;
+                    id = self.new_id();
+                    if let Some(server) = &self.server {
+                        quiet_since = Instant::now();
+                        run.connect(&server.outgoing, id).await;
+                    }
+                }
+                () = at(give_up_at), if !over => {
+                    let did = if run.machine().continued() { "went on with the reply" } else { "answered" };
+                    let why = match &self.failure {
+                        Some(error) => error.to_string(),
+                        None => format!("no continuator {did} within {:?}", self.options.resume_within),
+                    };
+                    run.on(give_up(&why, self.options.offline == Offline::Auto)).await;
+                }
+                () = at(stall_at), if !over => {
+                    run.lose(format!("the continuator said nothing for {:?}", self.options.stall)).await;
+                    self.server = None;
+                    if let Some(link) = &self.link {
+                        link.move_on();
+                    }
                 }
             }
             run.pump().await;
         }
+        self.leave_what_drains();
         let outcome = run.finish();
         if outcome.opened {
             self.own_first_word = outcome.timings.first_word;
@@ -227,269 +396,72 @@ impl Conversation {
         if let Over::Done(end) = &outcome.over {
             self.estimate = proto::std_duration(end.first_token_estimate).or(self.estimate);
         }
-        self.remember(question, &outcome.text[..outcome.heard]);
+        let count = |text: &str| self.engine.count(text);
+        self.history.add(question, &outcome.text[..outcome.heard], count);
         outcome
     }
 
-    fn start_frame(&self, question: &str, trace: &TraceContext) -> StartTurn {
+    /// The link has changed while a turn runs: there is a continuator now, or none.
+    async fn relinked(&self, run: &mut Run<'_>, id: u64) {
+        if let Some(server) = &self.server {
+            return run.connect(&server.outgoing, id).await;
+        }
+        run.lose("the continuator was lost".into()).await;
+        let Some(failure) = &self.failure else { return };
+        let why = failure.to_string();
+        let hopeless = self.link.is_none() || failure.permanent();
+        if !hopeless && self.options.offline == Offline::Auto && !run.machine().continued() {
+            run.on(give_up(&why, true)).await;
+        } else if hopeless || (self.next_turn == 2 && run.machine().resumed() == 0 && !run.machine().continued()) {
+            // Nobody was ever there.
+            run.on(give_up(&why, false)).await;
+        }
+    }
+
+    fn new_id(&mut self) -> u64 {
+        self.next_turn += 1;
+        self.next_turn - 1
+    }
+
+    fn start_frame(&mut self, question: &str, trace: &TraceContext) -> StartTurn {
+        let limits = self.server.as_ref().and_then(|server| server.welcome.limits);
+        let bytes = limits.map_or(usize::MAX, |limits| limits.max_history_bytes as usize);
+        self.history.trim(self.options.history_tokens, bytes);
         StartTurn {
-            turn_id: self.next_turn,
+            turn_id: 0,
             traceparent: trace.traceparent.clone(),
             tracestate: trace.tracestate.clone(),
-            history: self.history.clone(),
+            history: self.history.messages(),
             user_text: question.to_owned(),
             parameters: Some(self.options.parameters.clone()),
             deadline: None,
             tone: self.options.tone.into(),
-        }
-    }
-
-    /// Starts the opener; its words come through the returned channel, which an opener cannot fill.
-    fn speak(&self, question: &str) -> mpsc::Receiver<Said> {
-        let forced = self.options.forced_opener.as_deref().map_or(0, words::count);
-        let (say, words) = mpsc::channel((2 * OPENER_TOKENS).max(forced + 1));
-        if let Some(forced) = &self.options.forced_opener {
-            for word in split_words(forced) {
-                let _ = say.try_send(Said::Word(word));
-            }
-            let decision = Decision {
-                words: words::count(forced),
-                reason: Reason::Forced,
-                mean_log_probability: None,
-            };
-            let _ = say.try_send(Said::Done(decision));
-            return words;
-        }
-        if self
-            .estimate
-            .zip(self.own_first_word)
-            .is_some_and(|(cloud, own)| cloud < own)
-        {
-            let decision = Decision {
-                words: 0,
-                reason: Reason::FastCloud,
-                mean_log_probability: None,
-            };
-            let _ = say.try_send(Said::Done(decision));
-            return words;
-        }
-        let mut opener = Opener::new(self.options.policy, self.estimate);
-        let request = Generate {
-            question: question.to_owned(),
-            sampling: self.options.sampling,
-            max_tokens: OPENER_TOKENS,
-        };
-        self.engine.generate(
-            request,
-            Box::new(move |step| {
-                if say.is_closed() {
-                    return ControlFlow::Break(()); // the turn is over
-                }
-                let saying = match step {
-                    Step::Word(word) => opener.word(word),
-                    Step::End { stop, .. } => opener.end_of_words(stop),
-                };
-                for Word { text, .. } in saying.words {
-                    let _ = say.try_send(Said::Word(text));
-                }
-                match saying.decision {
-                    Some(decision) => {
-                        let _ = say.try_send(Said::Done(decision));
-                        ControlFlow::Break(())
-                    }
-                    None => ControlFlow::Continue(()),
-                }
-            }),
-        );
-        words
-    }
-
-    /// The event that a frame means for the running turn.
-    fn frame(&self, frame: proto::CloudFrame) -> Option<Event> {
-        let body = frame.body?;
-        let id = match &body {
-            Body::Chunk(f) => f.turn_id,
-            Body::Directive(f) => f.turn_id,
-            Body::EndTurn(f) => f.turn_id,
-            Body::TurnFailed(f) => f.turn_id,
-            Body::Welcome(_) | Body::Drain(_) => return None,
-        };
-        // The last frames of an interrupted turn may still be on their way.
-        (id == self.next_turn - 1).then_some(Event::Frame(body))
-    }
-
-    fn remember(&mut self, question: &str, heard: &str) {
-        self.history.push(proto::Message {
-            role: Role::User.into(),
-            text: question.to_owned(),
-        });
-        if !heard.is_empty() {
-            self.history.push(proto::Message {
-                role: Role::Assistant.into(),
-                text: heard.to_owned(),
-            });
-        }
-        let limit = self
-            .link
-            .welcome
-            .limits
-            .map_or(HISTORY_BYTES, |l| HISTORY_BYTES.min(l.max_history_bytes as usize));
-        let bytes = |history: &[proto::Message]| history.iter().map(|m| m.text.len()).sum::<usize>();
-        if bytes(&self.history) <= limit {
-            return;
-        }
-        while bytes(&self.history) > limit / 2 {
-            // An exchange goes whole.
-            self.history.remove(0);
-            while self.history.first().is_some_and(|m| m.role() == Role::Assistant) {
-                self.history.remove(0);
-            }
+            generated_tokens: 0,
         }
     }
 }
 
-enum Said {
-    Word(String),
-    Done(Decision),
-}
-
-/// The words of a text, each with the white space before it; without white space around the whole.
-fn split_words(text: &str) -> Vec<String> {
-    let mut from = text.len() - text.trim_start().len();
-    words::ranges(text)
-        .into_iter()
-        .map(|range| {
-            let word = text[from..range.end].to_owned();
-            from = range.end;
-            word
-        })
-        .collect()
-}
-
-fn lost(status: &tonic::Status) -> String {
-    match status.code() {
-        tonic::Code::Unavailable | tonic::Code::DeadlineExceeded if !status.message().is_empty() => {
-            format!("the continuator ended the conversation: {}", status.message())
-        }
-        _ => "the connection to the continuator broke".into(),
+fn give_up(why: &str, alone: bool) -> Event {
+    Event::GiveUp {
+        why: why.to_owned(),
+        alone,
     }
 }
 
-/// A turn while it runs.
-struct Run<'v> {
-    started: Instant,
-    turn: Turn,
-    player: Player,
-    surface: Surface,
-    outgoing: mpsc::Sender<proto::EdgeFrame>,
-    view: &'v mut dyn View,
-    over: Option<Over>,
-    timings: Timings,
-    opened: bool,
-    span: Span,
-    opener_span: Span,
-    handoff_span: Span,
-    render_span: Span,
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => pending().await,
+    }
 }
 
-impl Run<'_> {
-    async fn on(&mut self, event: Event) {
-        let effects = self.turn.on(event);
-        self.apply(effects).await;
-    }
-
-    async fn apply(&mut self, effects: Vec<Effect>) {
-        for effect in effects {
-            match effect {
-                // If the stream is gone its other half says so.
-                Effect::Send(frame) => drop(self.outgoing.send(frame).await),
-                Effect::Show(show) => self.show(&show),
-                Effect::Over(over) => {
-                    self.player.finish();
-                    self.over = Some(over);
-                }
-            }
-        }
-    }
-
-    fn show(&mut self, show: &Show) {
-        let at = self.started.elapsed();
-        self.view.event(at, &Happening::Produced(show));
-        match show {
-            Show::OpenerWord(text) => self.player.push(text, true),
-            Show::Continuation { text, .. } => self.player.push(text, false),
-            Show::Directive { correction, keep, .. } => {
-                self.player.retract(*keep);
-                self.span.record("segue.directive", correction.name());
-            }
-            Show::Committed { .. } => {
-                self.timings.committed = Some(at);
-                self.handoff_span = info_span!(parent: &self.span, "handoff");
-            }
-            Show::Refused { .. } => {}
-        }
-    }
-
-    fn opener_done(&mut self, decision: &Decision) {
-        self.span.record("segue.opener.words", decision.words as u64);
-        self.span.record("segue.opener.reason", decision.reason.name());
-        self.span.record(
-            "segue.opener.mean_log_probability",
-            decision.mean_log_probability.map(f64::from),
-        );
-        self.opener_span = Span::none();
-        self.opened = decision.words > 0;
-    }
-
-    /// Plays what is due and reports what was heard.
-    async fn pump(&mut self) {
-        while let Some(piece) = self.player.next(Instant::now()) {
-            if !piece.opener && !self.handoff_span.is_none() {
-                self.handoff_span = Span::none();
-                self.render_span = info_span!(parent: &self.span, "render");
-            }
-            self.view.event(self.started.elapsed(), &Happening::Played(&piece));
-        }
-        let heard = self.player.heard();
-        if self.surface == Surface::AppendOnly && heard > self.turn.log().heard() {
-            self.view.event(self.started.elapsed(), &Happening::Heard(heard));
-            self.on(Event::Heard(heard)).await;
-        }
-    }
-
-    /// Ctrl-C: what has been heard stays, nothing more comes.
-    async fn interrupt(&mut self) {
-        let heard = self.player.heard();
-        if self.surface == Surface::Revisable {
-            self.on(Event::Heard(heard)).await;
-        }
-        self.on(Event::Cancel).await;
-        self.player.retract(heard);
-        self.over = Some(Over::Cancelled);
-    }
-
-    fn finish(mut self) -> Outcome {
-        let _ = self.turn.on(Event::Heard(self.player.heard()));
-        self.timings.total = self.started.elapsed();
-        self.timings.first_word = self.player.first().map(|at| at.duration_since(self.started));
-        self.timings.handoff_gap = self.player.gap();
-        let micros = |time: Option<Duration>| time.map(|time| time.as_secs_f64());
-        self.span
-            .record("segue.opener.first_word", micros(self.timings.first_word));
-        self.span.record("segue.handoff.gap", micros(self.timings.handoff_gap));
-        let over = self.over.take().unwrap_or(Over::Cancelled);
-        if !matches!(over, Over::Done(_) | Over::Cancelled) {
-            self.span.record("otel.status_code", "ERROR");
-        }
-        let log = self.turn.log();
-        let outcome = Outcome {
-            text: log.text().to_owned(),
-            heard: log.heard(),
-            over,
-            timings: self.timings,
-            opened: self.opened,
-        };
-        self.view.end(outcome.timings.total, &outcome);
-        outcome
+/// The turn that a frame is about.
+fn turn_of(body: &Body) -> Option<u64> {
+    match body {
+        Body::Chunk(f) => Some(f.turn_id),
+        Body::Directive(f) => Some(f.turn_id),
+        Body::EndTurn(f) => Some(f.turn_id),
+        Body::TurnFailed(f) => Some(f.turn_id),
+        Body::Welcome(_) | Body::Drain(_) => None,
     }
 }

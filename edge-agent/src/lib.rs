@@ -2,6 +2,7 @@
 
 pub mod cli;
 pub mod conversation;
+pub mod link;
 pub mod opener;
 pub mod player;
 pub mod turn;

@@ -1,11 +1,12 @@
 //! The edge's program: parse, telemetry, load and connect side by side, talk.
 
-use std::{io::IsTerminal, process::ExitCode};
+use std::{future::pending, io::IsTerminal, process::ExitCode, time::Duration};
 
 use clap::Parser;
 use edge_agent::{
     cli::{Cli, Command, OutputArg, Talk},
-    conversation::{Conversation, Outcome, View},
+    conversation::{Conversation, Offline, Outcome, View},
+    link::Link,
     turn::Over,
     ulm::{Engine, LoadError},
     view::{
@@ -15,14 +16,22 @@ use edge_agent::{
     },
 };
 use segue_shared::{
-    client::{self, ConnectError},
+    client::ConnectError,
     exit::Exit,
     proto::{self, Hello, TurnError},
     reply_log::Surface,
     telemetry,
 };
-use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::{
+    io::{AsyncBufReadExt, BufReader},
+    signal::unix,
+    sync::{mpsc, oneshot},
+};
 use tracing::level_filters::LevelFilter;
+
+/// How long the first question waits for news of the link: not so long that a person would notice, and long enough for what is wrong with
+/// the command line to be said before the reply begins.
+const FIRST_NEWS: Duration = Duration::from_millis(250);
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -68,7 +77,7 @@ async fn run(cli: Cli) -> Result<Exit, Failed> {
         .map_err(|e| (Exit::Usage, e.to_string()))?;
     let result = match cli.command {
         Command::Ask { question, options } => ask(&question, &options).await,
-        Command::Chat { options } => chat(&options).await,
+        Command::Chat { options, barge_in } => chat(&options, barge_in).await,
     };
     telemetry.shutdown().await;
     result
@@ -85,38 +94,56 @@ async fn ask(question: &str, options: &Talk) -> Result<Exit, Failed> {
     let mut conversation = open(options).await?;
     check_length(question, &conversation)?;
     let mut view = view(options)?;
-    let interrupt = async { drop(tokio::signal::ctrl_c().await) };
-    let outcome = conversation.turn(question, &mut *view, interrupt).await;
-    report(&outcome)
+    let outcome = conversation.turn(question, &mut *view, stop_signal()).await;
+    report(&outcome, &conversation)
 }
 
-async fn chat(options: &Talk) -> Result<Exit, Failed> {
+/// Ctrl-C, or a polite request to end.
+async fn stop_signal() {
+    let Ok(mut terminate) = unix::signal(unix::SignalKind::terminate()) else {
+        return pending().await;
+    };
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        _ = terminate.recv() => {}
+    }
+}
+
+async fn chat(options: &Talk, barge_in: bool) -> Result<Exit, Failed> {
     let mut conversation = open(options).await?;
     let mut view = view(options)?;
-    let people = std::io::stdin().is_terminal() && options.output == OutputArg::Text;
+    let terminal = std::io::stdin().is_terminal();
+    let people = terminal && options.output == OutputArg::Text;
     if people && !options.quiet {
+        let model = conversation.model().unwrap_or("nobody but the micro language model");
         say(&format!(
-            "talking with {}; an empty line or Ctrl-D ends, Ctrl-C interrupts a reply",
-            conversation.model()
+            "talking with {model}; an empty line or Ctrl-D ends, Ctrl-C or a new line interrupts a reply"
         ));
     }
-    let mut input = BufReader::new(tokio::io::stdin());
-    let mut bytes = Vec::new();
+    let mut terminate = unix::signal(unix::SignalKind::terminate()).map_err(|e| (Exit::Software, e.to_string()))?;
+    let mut lines = lines();
+    let mut next = None;
     loop {
         if people {
             prompt();
         }
-        bytes.clear();
-        let read = tokio::select! {
-            read = input.read_until(b'\n', &mut bytes) => read.map_err(|e| (Exit::Io, format!("standard input: {e}")))?,
-            _ = tokio::signal::ctrl_c() => return Ok(Exit::Ok),
+        let line = match next.take() {
+            Some(line) => Some(line),
+            None => tokio::select! {
+                line = lines.recv() => line,
+                _ = tokio::signal::ctrl_c() => return Ok(Exit::Ok),
+                _ = terminate.recv() => return Ok(Exit::Ok),
+                () = conversation.attend() => None,
+            },
         };
-        let Ok(line) = std::str::from_utf8(&bytes) else {
+        let Some(line) = line else { return Ok(Exit::Ok) };
+        let line = line.map_err(|e| (Exit::Io, format!("standard input: {e}")))?;
+        let Ok(line) = String::from_utf8(line) else {
             say("that line is no UTF-8 text and was left out");
             continue;
         };
         let line = line.trim();
-        if read == 0 || (people && line.is_empty()) {
+        if people && line.is_empty() {
             return Ok(Exit::Ok);
         }
         if line.is_empty() {
@@ -126,14 +153,52 @@ async fn chat(options: &Talk) -> Result<Exit, Failed> {
             say(&message);
             continue;
         }
-        let interrupt = async { drop(tokio::signal::ctrl_c().await) };
+        let mut ended = false;
+        let interrupt = async {
+            tokio::select! {
+                _ = tokio::signal::ctrl_c() => {}
+                _ = terminate.recv() => ended = true,
+                // A new question is an interruption; the end of the input is none.
+                line = async { lines.recv().await }, if terminal || barge_in => match line {
+                    Some(line) => next = Some(line),
+                    None => pending().await,
+                },
+            }
+        };
         let outcome = conversation.turn(line, &mut *view, interrupt).await;
+        if ended {
+            return Ok(Exit::Interrupted);
+        }
         match &outcome.over {
-            Over::Done(_) | Over::Cancelled => {}
-            Over::Failed { .. } => drop(report(&outcome).map_err(|(_, message)| say(&message))),
-            Over::Lost(_) | Over::Broken(_) => return report(&outcome),
+            Over::Done(_) | Over::Alone(_) | Over::Cancelled => {}
+            Over::Failed { .. } => drop(report(&outcome, &conversation).map_err(|(_, message)| say(&message))),
+            // The next question may find a continuator again.
+            Over::Lost(_) if !conversation.failure().is_some_and(ConnectError::permanent) => {
+                let _ = report(&outcome, &conversation).map_err(|(_, message)| say(&message));
+            }
+            Over::Lost(_) | Over::Broken(_) => return report(&outcome, &conversation),
         }
     }
+}
+
+/// Lines of standard input, as they come; read by a task of its own, so that a reply does not keep them waiting.
+fn lines() -> mpsc::Receiver<std::io::Result<Vec<u8>>> {
+    let (send, lines) = mpsc::channel(1);
+    tokio::spawn(async move {
+        let mut input = BufReader::new(tokio::io::stdin());
+        loop {
+            let mut bytes = Vec::new();
+            let line = match input.read_until(b'\n', &mut bytes).await {
+                Ok(0) => return,
+                Ok(_) => Ok(bytes),
+                Err(error) => Err(error),
+            };
+            if send.send(line).await.is_err() {
+                return;
+            }
+        }
+    });
+    lines
 }
 
 fn prompt() {
@@ -146,11 +211,10 @@ fn prompt() {
 async fn open(options: &Talk) -> Result<Conversation, Failed> {
     let ulm = options.ulm();
     let folder = ulm.folder.display().to_string();
-    let engine = tokio::task::spawn_blocking(move || Engine::load(ulm));
-    // The handshake names the model, so it waits for it; the connection does not. Loading is waited for even when there is nobody to
-    // talk to: a program must not end while libtorch computes.
-    let (channel, engine) = tokio::join!(client::connect(&options.server), engine);
-    let channel = channel.map_err(cannot_connect)?;
+    let (introduce, hello) = oneshot::channel();
+    let link = (options.offline != Offline::Always).then(|| Link::start(options.link(), hello));
+    // Loading is waited for even when there is nobody to talk to: a program must not end while libtorch computes.
+    let engine = tokio::task::spawn_blocking(move || Engine::load(ulm)).await;
     let engine = engine.map_err(|e| (Exit::Software, e.to_string()))?.map_err(|error: LoadError| {
         let hint =
             "name another folder with --model; it needs config.json, model.safetensors and tokenizer.json of a Llama-family model";
@@ -162,18 +226,20 @@ async fn open(options: &Talk) -> Result<Conversation, Failed> {
         Surface::Revisable => proto::Surface::Revisable,
         Surface::AppendOnly => proto::Surface::AppendOnly,
     };
-    let hello = Hello {
+    let _ = introduce.send(Hello {
         agent_version: env!("CARGO_PKG_VERSION").into(),
-        device_id: device_id(),
+        device_id: options.device_id.clone().unwrap_or_else(device_id),
         ulm_name: info.name.clone(),
         ulm_fingerprint: info.fingerprint.clone(),
         surface: surface.into(),
         ..Hello::default()
-    };
-    let link = client::converse(channel, &options.server, hello)
-        .await
-        .map_err(cannot_connect)?;
-    Ok(Conversation::new(engine, link, options.options()))
+    });
+    let mut conversation = Conversation::new(engine, link, options.servers.len(), options.options());
+    conversation.ready(FIRST_NEWS).await;
+    match conversation.failure() {
+        Some(error) if error.permanent() || options.offline == Offline::Never => Err(cannot_connect(error)),
+        _ => Ok(conversation),
+    }
 }
 
 /// The machine's name stands for the device.
@@ -187,10 +253,11 @@ fn device_id() -> String {
     }
 }
 
-fn cannot_connect(error: ConnectError) -> Failed {
+fn cannot_connect(error: &ConnectError) -> Failed {
     let exit = match error {
-        ConnectError::Address(_) => Exit::Usage,
+        ConnectError::Address(_) | ConnectError::Plaintext(_) | ConnectError::File(..) => Exit::Usage,
         ConnectError::Version(..) => Exit::Protocol,
+        ConnectError::Denied(..) | ConnectError::Insecure(..) => Exit::NotPermitted,
         ConnectError::Unreachable(..) | ConnectError::Refused(..) | ConnectError::Silent(..) => Exit::Unavailable,
     };
     (exit, format!("{error} (--server)"))
@@ -240,11 +307,13 @@ fn view(options: &Talk) -> Result<Box<dyn View>, Failed> {
 }
 
 /// The exit code of a turn, and what standard error says about one that failed.
-fn report(outcome: &Outcome) -> Result<Exit, Failed> {
+fn report(outcome: &Outcome, conversation: &Conversation) -> Result<Exit, Failed> {
     let exit = match &outcome.over {
-        Over::Done(_) => return Ok(Exit::Ok),
+        Over::Done(_) | Over::Alone(_) => return Ok(Exit::Ok),
         Over::Cancelled => return Ok(Exit::Interrupted),
-        Over::Lost(_) => Exit::Unavailable,
+        Over::Lost(_) => conversation
+            .failure()
+            .map_or(Exit::Unavailable, |error| cannot_connect(error).0),
         Over::Broken(_) => Exit::Protocol,
         Over::Failed {
             error: TurnError::InvalidArgument | TurnError::ContextTooSmall,

@@ -231,12 +231,20 @@ fn mean(words: &[Word]) -> f32 {
     words.iter().map(|w| w.log_probability).sum::<f32>() / words.len().max(1) as f32
 }
 
+/// Whether a word ends a sentence, in any script's punctuation.
+pub fn ends_sentence(word: &str) -> bool {
+    bare(word).ends_with(['.', '!', '?', '…', '。', '！', '？', '؟', '।'])
+}
+
+/// A word without the quotes and brackets that close after it.
+fn bare(word: &str) -> &str {
+    word.trim_end()
+        .trim_end_matches(['"', '”', '’', '\'', ')', '»', '」', '）'])
+}
+
 /// Whether a word ends a clause, in any script's punctuation.
 fn ends_clause(word: &str) -> bool {
-    let word = word
-        .trim_end()
-        .trim_end_matches(['"', '”', '’', '\'', ')', '»', '」', '）']);
-    word.ends_with([
+    bare(word).ends_with([
         '.', ',', ';', ':', '!', '?', '…', '—', '。', '，', '、', '！', '？', '；', '：', '،', '؛', '؟', '।',
     ])
 }

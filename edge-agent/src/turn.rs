@@ -1,4 +1,8 @@
 //! One turn at the edge, as a pure state machine: events in, effects out; no clock, socket or terminal.
+//!
+//! A turn outlives the continuator that serves it: what a continuator must know is the conversation and the reply so far, and both are here.
+
+use std::time::Duration;
 
 use segue_shared::{
     proto::{
@@ -13,7 +17,9 @@ use crate::opener::Decision;
 /// What happens to a turn.
 #[derive(Clone, Debug)]
 pub enum Event {
-    /// The opener's next word, with the white space before it.
+    /// A continuator is there, and the turn runs at it under this id: for the first time, or again.
+    Connected(u64),
+    /// The μLM's next word, with the white space before it.
     Word(String),
     /// The opener is complete.
     OpenerDone(Decision),
@@ -23,8 +29,17 @@ pub enum Event {
     Heard(usize),
     /// The user interrupted.
     Cancel,
-    /// The continuator is gone; why, in a sentence.
+    /// The continuator is gone, and another may come; why, in a sentence.
     Lost(String),
+    /// No continuator can be had.
+    GiveUp {
+        /// Why, in a sentence.
+        why: String,
+        /// Whether the μLM may finish a reply that no continuator has touched.
+        alone: bool,
+    },
+    /// The μLM, alone, has no more to say.
+    AloneDone,
 }
 
 /// What the surface should do.
@@ -66,6 +81,17 @@ pub enum Show {
         /// The text.
         text: String,
     },
+    /// The continuator is gone; the reply waits for the next one.
+    Lost(String),
+    /// A continuator goes on with the reply, from its first `bytes` bytes.
+    Resumed {
+        /// Bytes of the reply text.
+        bytes: usize,
+    },
+    /// No continuator: the μLM goes on alone; why.
+    Alone(String),
+    /// Show a word that the μLM says alone.
+    AloneWord(String),
 }
 
 /// What is to be done.
@@ -75,6 +101,10 @@ pub enum Effect {
     Send(EdgeFrame),
     /// Show something.
     Show(Show),
+    /// The continuator could not: connect the turn again, there or elsewhere, after this long.
+    Retry(Option<Duration>),
+    /// Have the μLM finish the reply.
+    GoOnAlone,
     /// The turn is over.
     Over(Over),
 }
@@ -84,6 +114,8 @@ pub enum Effect {
 pub enum Over {
     /// The reply is complete.
     Done(Box<EndTurn>),
+    /// The μLM answered alone; why.
+    Alone(String),
     /// The user interrupted.
     Cancelled,
     /// The continuator could not complete it.
@@ -101,37 +133,79 @@ pub enum Over {
     Broken(String),
 }
 
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Opening,
     Continuing,
     /// A directive was refused; what comes before the next one belongs to a text that does not exist.
     Refusing,
+    /// The μLM finishes the reply.
+    Alone,
     Over,
 }
 
 /// The machine.
 #[derive(Debug)]
 pub struct Turn {
-    id: u64,
+    start: StartTurn,
     log: ReplyLog,
     state: State,
+    /// Whether the turn runs at a continuator.
+    connected: bool,
+    /// How the opener ended, once it has.
+    decision: Option<Decision>,
+    /// A continuator has added to the reply, or corrected it: its words need no verdict any more.
+    continued: bool,
+    /// Tokens that this attempt's continuator generated, and those of the attempts before it.
+    generated: u32,
+    /// Times that it was connected.
+    attempts: u32,
+    /// What the last continuator said that could not.
+    failed: Option<TurnFailed>,
+    /// Why the μLM is alone.
+    why: String,
 }
 
 impl Turn {
-    /// Begins a turn; the effects send `start` before there is any opener.
-    pub fn begin(surface: Surface, start: StartTurn) -> (Self, Vec<Effect>) {
-        let turn = Self {
-            id: start.turn_id,
+    /// A turn that no continuator knows of yet. `start`'s turn id does not matter: [`Event::Connected`] gives one.
+    pub fn new(surface: Surface, start: StartTurn) -> Self {
+        Self {
+            start,
             log: ReplyLog::new(surface),
             state: State::Opening,
-        };
-        (turn, vec![Effect::Send(start.into())])
+            connected: false,
+            decision: None,
+            continued: false,
+            generated: 0,
+            attempts: 0,
+            failed: None,
+            why: String::new(),
+        }
     }
 
     /// The reply so far.
     pub fn log(&self) -> &ReplyLog {
         &self.log
+    }
+
+    /// How often the turn was taken up again.
+    pub fn resumed(&self) -> u32 {
+        self.attempts.saturating_sub(1)
+    }
+
+    /// Whether the turn runs at a continuator.
+    pub fn connected(&self) -> bool {
+        self.connected
+    }
+
+    /// Whether the μLM is finishing the reply.
+    pub fn alone(&self) -> bool {
+        self.state == State::Alone
+    }
+
+    /// Whether a continuator has added to the reply or corrected it.
+    pub fn continued(&self) -> bool {
+        self.continued
     }
 
     /// Takes an event.
@@ -144,49 +218,135 @@ impl Turn {
             return Vec::new();
         }
         match event {
+            Event::Connected(id) => self.connect(id),
             Event::Word(text) => self.word(text),
             Event::OpenerDone(decision) => self.commit(decision),
+            Event::Frame(_) if !self.connected => Vec::new(),
             Event::Frame(body) => self.frame(body),
             Event::Heard(bytes) => match self.log.hear(bytes) {
-                Ok(()) => vec![Effect::Send(
-                    proto::Heard {
-                        turn_id: self.id,
-                        bytes: self.log.heard() as u32,
-                    }
-                    .into(),
-                )],
+                Ok(()) => self.send(self.heard()),
                 Err(error) => self.over(Over::Broken(error.to_string())),
             },
             Event::Cancel => {
-                let cancel = proto::CancelTurn {
-                    turn_id: self.id,
+                let mut effects = self.send(proto::CancelTurn {
+                    turn_id: self.start.turn_id,
                     heard_bytes: self.log.heard() as u32,
-                };
-                let mut effects = vec![Effect::Send(cancel.into())];
+                });
                 effects.extend(self.over(Over::Cancelled));
                 effects
             }
-            Event::Lost(why) => self.over(Over::Lost(why)),
+            Event::Lost(why) => self.lost(why),
+            Event::GiveUp { why, alone } => self.give_up(why, alone),
+            Event::AloneDone if self.state == State::Alone => {
+                let why = std::mem::take(&mut self.why);
+                self.over(if self.log.text().is_empty() {
+                    Over::Lost(why)
+                } else {
+                    Over::Alone(why)
+                })
+            }
+            Event::AloneDone => Vec::new(),
+        }
+    }
+
+    /// A frame, if there is somebody to send it to.
+    fn send(&self, frame: impl Into<EdgeFrame>) -> Vec<Effect> {
+        let frame = self.connected.then(|| Effect::Send(frame.into()));
+        frame.into_iter().collect()
+    }
+
+    /// Tells a continuator all there is: recovery needs nothing of an earlier one.
+    fn connect(&mut self, id: u64) -> Vec<Effect> {
+        if self.connected || self.state == State::Alone {
+            return Vec::new();
+        }
+        self.connected = true;
+        self.attempts += 1;
+        self.start.turn_id = id;
+        self.start.generated_tokens += std::mem::take(&mut self.generated);
+        self.log.resume();
+        let mut effects = self.send(self.start.clone());
+        if self.state == State::Opening {
+            let text = self.log.text().to_owned();
+            if !text.is_empty() {
+                effects.extend(self.send(self.delta(0, text)));
+            }
+        } else {
+            self.state = State::Continuing;
+            if self.log.heard() > 0 {
+                effects.extend(self.send(self.heard()));
+            }
+            effects.extend(self.send(self.committed()));
+        }
+        if self.attempts > 1 {
+            effects.push(Effect::Show(Show::Resumed {
+                bytes: self.log.text().len(),
+            }));
+        }
+        effects
+    }
+
+    fn lost(&mut self, why: String) -> Vec<Effect> {
+        if !std::mem::take(&mut self.connected) {
+            return Vec::new();
+        }
+        vec![Effect::Show(Show::Lost(why))]
+    }
+
+    fn give_up(&mut self, why: String, alone: bool) -> Vec<Effect> {
+        if self.state == State::Alone {
+            return Vec::new();
+        }
+        // Nobody may send more of a reply that another goes on with.
+        let mut effects = self.send(proto::CancelTurn {
+            turn_id: self.start.turn_id,
+            heard_bytes: self.log.heard() as u32,
+        });
+        self.connected = false;
+        if alone && !self.continued {
+            self.state = State::Alone;
+            self.why.clone_from(&why);
+            effects.extend([Effect::Show(Show::Alone(why)), Effect::GoOnAlone]);
+            return effects;
+        }
+        let over = match self.failed.take() {
+            Some(failed) => Over::Failed {
+                error: failed.error(),
+                message: failed.message,
+                retryable: true,
+            },
+            None => Over::Lost(why),
+        };
+        effects.extend(self.over(over));
+        effects
+    }
+
+    fn delta(&self, offset: usize, text: String) -> OpenerDelta {
+        OpenerDelta {
+            turn_id: self.start.turn_id,
+            offset: offset as u32,
+            text,
+        }
+    }
+
+    fn heard(&self) -> proto::Heard {
+        proto::Heard {
+            turn_id: self.start.turn_id,
+            bytes: self.log.heard() as u32,
         }
     }
 
     fn word(&mut self, text: String) -> Vec<Effect> {
-        if self.state != State::Opening {
-            return Vec::new();
-        }
-        let offset = self.log.text().len() as u32;
+        let offset = self.log.text().len();
+        let show = match self.state {
+            State::Opening => Show::OpenerWord(text.clone()),
+            State::Alone => Show::AloneWord(text.clone()),
+            _ => return Vec::new(),
+        };
         self.log.push_opener(&text);
-        vec![
-            Effect::Show(Show::OpenerWord(text.clone())),
-            Effect::Send(
-                OpenerDelta {
-                    turn_id: self.id,
-                    offset,
-                    text,
-                }
-                .into(),
-            ),
-        ]
+        let mut effects = vec![Effect::Show(show)];
+        effects.extend(self.send(self.delta(offset, text)));
+        effects
     }
 
     fn commit(&mut self, decision: Decision) -> Vec<Effect> {
@@ -194,22 +354,25 @@ impl Turn {
             return Vec::new();
         }
         self.state = State::Continuing;
+        self.decision = Some(decision);
+        let mut effects = self.send(self.committed());
         let text = self.log.text().to_owned();
-        let opening = if text.is_empty() {
-            Opening::NoOpener(proto::NoOpener {})
-        } else {
-            Opening::CommittedPrefix(text.clone())
-        };
-        let commit = CommitOpener {
-            turn_id: self.id,
-            opening: Some(opening),
-            mean_log_probability: decision.mean_log_probability,
-            resumed: false,
-        };
-        vec![
-            Effect::Send(commit.into()),
-            Effect::Show(Show::Committed { text, decision }),
-        ]
+        effects.push(Effect::Show(Show::Committed { text, decision }));
+        effects
+    }
+
+    fn committed(&self) -> CommitOpener {
+        let text = self.log.text();
+        CommitOpener {
+            turn_id: self.start.turn_id,
+            opening: Some(if text.is_empty() {
+                Opening::NoOpener(proto::NoOpener {})
+            } else {
+                Opening::CommittedPrefix(text.to_owned())
+            }),
+            mean_log_probability: self.decision.and_then(|decision| decision.mean_log_probability),
+            resumed: self.continued && !text.is_empty(),
+        }
     }
 
     fn frame(&mut self, body: Body) -> Vec<Effect> {
@@ -221,10 +384,15 @@ impl Turn {
             (Body::Chunk(chunk), _) => {
                 let offset = chunk.offset as usize;
                 match self.log.apply_chunk(chunk.revision, offset, &chunk.text) {
-                    Ok(Applied::Appended) => vec![Effect::Show(Show::Continuation {
-                        offset,
-                        text: chunk.text,
-                    })],
+                    Ok(Applied::Appended) => {
+                        self.continued = true;
+                        self.generated = chunk.generated_tokens;
+                        self.failed = None;
+                        vec![Effect::Show(Show::Continuation {
+                            offset,
+                            text: chunk.text,
+                        })]
+                    }
                     Ok(Applied::Stale) => Vec::new(),
                     Err(error) => self.over(Over::Broken(error.to_string())),
                 }
@@ -248,6 +416,9 @@ impl Turn {
         match self.log.apply_directive(revision, correction) {
             Ok(removed) => {
                 self.state = State::Continuing;
+                // What is kept was found good; a bridge keeps what was not, and counts once its words are here.
+                self.continued |= correction != Correction::Bridge;
+                self.generated = 0;
                 let (keep, reason) = (self.log.text().len(), directive.reason());
                 vec![Effect::Show(Show::Directive {
                     correction,
@@ -260,7 +431,7 @@ impl Turn {
             Err(DirectiveError::AlreadyHeard { heard, .. }) => {
                 self.state = State::Refusing;
                 let refuse = RefuseDirective {
-                    turn_id: self.id,
+                    turn_id: self.start.turn_id,
                     revision,
                     heard_bytes: heard as u32,
                 };
@@ -277,11 +448,19 @@ impl Turn {
     }
 
     fn failed(&mut self, failed: TurnFailed) -> Vec<Effect> {
+        if failed.retryable {
+            // It is over there; the reply so far goes on at the next continuator, or later.
+            self.connected = false;
+            let after = proto::std_duration(failed.retry_after);
+            let show = Show::Lost(failed.message.clone());
+            self.failed = Some(failed);
+            return vec![Effect::Show(show), Effect::Retry(after)];
+        }
         let error = failed.error();
         self.over(Over::Failed {
             message: failed.message,
             error,
-            retryable: failed.retryable,
+            retryable: false,
         })
     }
 

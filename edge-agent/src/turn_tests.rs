@@ -9,7 +9,8 @@ fn begin(surface: Surface) -> Turn {
         user_text: "Why?".into(),
         ..StartTurn::default()
     };
-    let (turn, effects) = Turn::begin(surface, start);
+    let mut turn = Turn::new(surface, start);
+    let effects = turn.on(Event::Connected(1));
     assert!(matches!(&effects[..], [Effect::Send(f)] if matches!(f.body, Some(edge_frame::Body::StartTurn(_)))));
     turn
 }
@@ -46,6 +47,7 @@ fn chunk(revision: u32, offset: u32, text: &str) -> Event {
         revision,
         offset,
         text: text.into(),
+        generated_tokens: 7,
     }))
 }
 
@@ -142,5 +144,133 @@ fn an_answer_before_the_commit_breaks_the_protocol() {
     assert!(matches!(
         &turn.on(chunk(0, 0, "x"))[..],
         [Effect::Over(Over::Broken(_))]
+    ));
+}
+
+fn failed(retryable: bool) -> Event {
+    Event::Frame(Body::TurnFailed(TurnFailed {
+        turn_id: 1,
+        error: proto::TurnError::Backend.into(),
+        message: "no".into(),
+        retryable,
+        retry_after: None,
+    }))
+}
+
+fn give_up(alone: bool) -> Event {
+    Event::GiveUp {
+        why: "nobody".into(),
+        alone,
+    }
+}
+
+fn commit_of(effects: &[Effect]) -> CommitOpener {
+    let commit = sent(effects).into_iter().find_map(|body| match body {
+        edge_frame::Body::CommitOpener(commit) => Some(commit),
+        _ => None,
+    });
+    commit.expect("the reply is committed")
+}
+
+#[test]
+fn a_cut_off_reply_goes_on_from_its_text() {
+    let mut turn = committed(Surface::AppendOnly);
+    turn.on(chunk(0, 12, " is n"));
+    turn.on(Event::Heard(5));
+    assert_eq!(
+        turn.on(Event::Lost("cut".into())),
+        [Effect::Show(Show::Lost("cut".into()))]
+    );
+    // Nothing is sent, and nothing of the old stream taken, while there is no continuator.
+    assert_eq!(turn.on(Event::Heard(12)), []);
+    assert_eq!(turn.on(chunk(0, 17, "ot")), []);
+    let effects = turn.on(Event::Connected(1));
+    let commit = commit_of(&effects);
+    assert!(commit.resumed);
+    assert_eq!(
+        commit.opening,
+        Some(Opening::CommittedPrefix("It is Sydney is n".into()))
+    );
+    assert!(
+        matches!(&sent(&effects)[..], [edge_frame::Body::StartTurn(s), edge_frame::Body::Heard(h), _]
+            if s.generated_tokens == 7 && h.bytes == 12)
+    );
+    turn.on(chunk(0, 17, "ot it"));
+    assert_eq!(turn.log().text(), "It is Sydney is not it");
+    assert!(matches!(&turn.on(end())[..], [Effect::Over(Over::Done(_))]));
+    assert_eq!(turn.resumed(), 1);
+}
+
+#[test]
+fn an_opener_that_nobody_has_judged_is_judged_after_a_reconnection() {
+    for meanwhile in [None, Some(directive(1, Kind::Bridge(Bridge { tone: 1 })))] {
+        let mut turn = committed(Surface::Revisable);
+        turn.on(meanwhile.unwrap_or(Event::Heard(0)));
+        turn.on(Event::Lost("cut".into()));
+        assert!(!commit_of(&turn.on(Event::Connected(2))).resumed);
+        // Epochs are counted anew.
+        turn.on(directive(1, Kind::Revise(Revise { keep_bytes: 5 })));
+        turn.on(chunk(1, 5, " Canberra"));
+        assert_eq!(turn.log().text(), "It is Canberra");
+        turn.on(Event::Lost("cut".into()));
+        assert!(commit_of(&turn.on(Event::Connected(3))).resumed);
+    }
+}
+
+#[test]
+fn an_opener_that_is_being_said_is_told_again() {
+    let mut turn = begin(Surface::Revisable);
+    turn.on(Event::Word("It".into()));
+    turn.on(Event::Lost("cut".into()));
+    turn.on(Event::Word(" is".into()));
+    let effects = turn.on(Event::Connected(1));
+    assert!(
+        matches!(&sent(&effects)[..], [_, edge_frame::Body::OpenerDelta(d)] if (d.offset, d.text.as_str()) == (0, "It is"))
+    );
+    assert!(
+        matches!(&sent(&turn.on(Event::Word(" red".into())))[..], [edge_frame::Body::OpenerDelta(d)] if d.offset == 5)
+    );
+}
+
+#[test]
+fn what_may_help_is_tried_again_and_what_may_not_ends_the_turn() {
+    let mut turn = committed(Surface::Revisable);
+    assert!(matches!(
+        &turn.on(failed(true))[..],
+        [Effect::Show(Show::Lost(_)), Effect::Retry(None)]
+    ));
+    assert_eq!(turn.on(chunk(0, 12, " x")), []);
+    let effects = turn.on(Event::Connected(2));
+    assert_eq!(commit_of(&effects).turn_id, 2);
+    assert!(matches!(
+        &turn.on(failed(false))[..],
+        [Effect::Over(Over::Failed { retryable: false, .. })]
+    ));
+}
+
+#[test]
+fn alone_the_ulm_finishes_what_nobody_else_has_touched() {
+    let mut turn = committed(Surface::Revisable);
+    turn.on(Event::Lost("cut".into()));
+    assert_eq!(
+        turn.on(give_up(true)),
+        [Effect::Show(Show::Alone("nobody".into())), Effect::GoOnAlone]
+    );
+    assert_eq!(turn.on(Event::Connected(2)), []);
+    turn.on(Event::Word(" maybe.".into()));
+    assert_eq!(turn.log().text(), "It is Sydney maybe.");
+    assert_eq!(turn.on(Event::AloneDone), [Effect::Over(Over::Alone("nobody".into()))]);
+
+    let mut turn = committed(Surface::Revisable);
+    turn.on(chunk(0, 12, " not"));
+    turn.on(Event::Lost("cut".into()));
+    assert_eq!(turn.on(give_up(true)), [Effect::Over(Over::Lost("nobody".into()))]);
+    assert_eq!(turn.log().text(), "It is Sydney not");
+
+    let mut turn = committed(Surface::Revisable);
+    turn.on(failed(true));
+    assert!(matches!(
+        &turn.on(give_up(false))[..],
+        [Effect::Over(Over::Failed { retryable: true, .. })]
     ));
 }

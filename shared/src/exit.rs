@@ -18,6 +18,8 @@ pub enum Exit {
     Io = 74,
     /// The peer speaks another protocol, or broke it.
     Protocol = 76,
+    /// The continuator does not let us in: credentials are missing or wrong.
+    NotPermitted = 77,
     /// Interrupted by the user (Ctrl-C).
     Interrupted = 130,
 }

@@ -2,6 +2,7 @@
 //!
 //! Everything but [`client`] and [`telemetry`] is pure: no clock, socket or terminal.
 
+pub mod backoff;
 pub mod client;
 pub mod exit;
 pub mod proto;

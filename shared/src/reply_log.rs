@@ -222,6 +222,12 @@ impl ReplyLog {
         }
     }
 
+    /// The turn goes on at another stream, which continues the text as it stands and counts epochs anew.
+    pub fn resume(&mut self) {
+        self.revision = 0;
+        self.refused = false;
+    }
+
     /// Carries out a directive that begins epoch `revision`; returns the text that was taken back.
     ///
     /// # Errors

@@ -1,9 +1,12 @@
 //! A scripted edge: sends frames one by one to a real continuator.
 
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
 
 use segue_shared::{
-    client,
+    client::{self, Access, ConnectError},
     proto::{
         self, CloudFrame, CommitOpener, EdgeFrame, Hello, OpenerDelta, StartTurn, cloud_frame::Body,
         commit_opener::Opening,
@@ -23,17 +26,32 @@ impl Edge {
     /// # Panics
     /// When that fails.
     pub async fn connect(url: &str, surface: proto::Surface) -> Self {
-        let channel = client::connect(url).await.expect("the continuator answers");
+        // Each is a device of its own.
+        static DEVICES: AtomicUsize = AtomicUsize::new(0);
+        let device = format!("test-{}", DEVICES.fetch_add(1, Ordering::Relaxed));
+        Self::try_connect(url, &Access::default(), &device, surface)
+            .await
+            .expect("the continuator welcomes")
+    }
+
+    /// Connects as `device`.
+    ///
+    /// # Errors
+    /// Why the continuator does not welcome it.
+    pub async fn try_connect(
+        url: &str,
+        access: &Access,
+        device: &str,
+        surface: proto::Surface,
+    ) -> Result<Self, ConnectError> {
+        let channel = client::connect(url, access).await?;
         let hello = Hello {
-            device_id: "test".into(),
+            device_id: device.into(),
             surface: surface.into(),
             ..Hello::default()
         };
-        Self {
-            link: client::converse(channel, url, hello)
-                .await
-                .expect("the continuator welcomes"),
-        }
+        let link = client::converse(channel, url, access, hello).await?;
+        Ok(Self { link })
     }
 
     /// The continuator's first frame.

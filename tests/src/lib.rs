@@ -1,5 +1,6 @@
 //! The end-to-end tests' harness: real programs on free ports, and scripted peers for what a well-behaved one never does.
 
+pub mod chat;
 pub mod edge;
 pub mod golden;
 pub mod llama_server;

@@ -45,14 +45,16 @@ pub fn command(name: &str) -> Command {
     // Tests share few cores: waiting threads must not spin.
     command.current_dir(root()).env("OMP_WAIT_POLICY", "passive");
     for variable in [
-        "SEGUE_LOG",
-        "SEGUE_SERVER",
-        "SEGUE_ULM",
-        "SEGUE_MODEL",
-        "SEGUE_LISTEN",
         "OTEL_EXPORTER_OTLP_ENDPOINT",
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+        "NO_COLOR",
     ] {
         command.env_remove(variable);
+    }
+    for (variable, _) in std::env::vars_os() {
+        if variable.to_string_lossy().starts_with("SEGUE_") {
+            command.env_remove(variable);
+        }
     }
     command
 }
@@ -128,7 +130,10 @@ impl Continuator {
     /// When it does not come up.
     pub fn start_with(args: &[&str], change: impl FnOnce(&mut Command)) -> Self {
         let mut command = command("cloud-continuator");
-        command.args(["serve", "--listen", "127.0.0.1:0"]).args(args);
+        command.arg("serve").args(args);
+        if !args.contains(&"--listen") {
+            command.args(["--listen", "127.0.0.1:0"]);
+        }
         change(&mut command);
         command.stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("the continuator starts");

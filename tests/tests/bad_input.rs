@@ -84,7 +84,7 @@ fn usage() {
 #[test]
 fn nobody_there() {
     refused(
-        &ask(NOBODY, &["why?"]),
+        &ask(NOBODY, &["--offline=never", "why?"]),
         69,
         &[
             "no continuator answers at http://127.0.0.1:9",

@@ -1,6 +1,12 @@
 //! The edge against continuators that break off, lie or keep silent.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use segue_shared::proto::{self, Chunk, CloudFrame, EndTurn, edge_frame};
 use segue_tests::{
@@ -14,15 +20,21 @@ const OPENER: &str = "--force-opener=The sky is";
 
 async fn asked(url: &str) -> Finished {
     let url = url.to_owned();
-    tokio::task::spawn_blocking(move || ask(&url, &[OPENER, "Why is the sky blue?"]))
-        .await
-        .unwrap()
+    let args = [
+        OPENER,
+        "--offline=never",
+        "--resume-within=1s",
+        "--stall=500ms",
+        "Why is the sky blue?",
+    ];
+    tokio::task::spawn_blocking(move || ask(&url, &args)).await.unwrap()
 }
 
-/// Runs a turn against a peer that answers the commit with `frames` and then ends the stream with `last`.
+/// Runs a turn against a peer that answers the first commit with `frames`, and then ends the stream with `last`, as it ends every later one.
 async fn turn(frames: Vec<CloudFrame>, last: Option<Status>) -> Finished {
+    let first = Arc::new(AtomicBool::new(true));
     let peer = Peer::start(move |mut incoming, out| {
-        let (frames, last) = (frames.clone(), last.clone());
+        let (frames, last, first) = (frames.clone(), last.clone(), first.clone());
         async move {
             out.send(Ok(welcome(1).into())).await.unwrap();
             let committed = until(&mut incoming, |f| {
@@ -32,9 +44,10 @@ async fn turn(frames: Vec<CloudFrame>, last: Option<Status>) -> Finished {
             if committed.is_none() {
                 return;
             }
-            for frame in frames {
+            for frame in frames.into_iter().filter(|_| first.load(Ordering::SeqCst)) {
                 out.send(Ok(frame)).await.unwrap();
             }
+            first.store(false, Ordering::SeqCst);
             match last {
                 Some(status) => drop(out.send(Err(status)).await),
                 // Keep the stream open: the edge must end by itself.
@@ -52,6 +65,7 @@ fn chunk(revision: u32, offset: u32, text: &str) -> CloudFrame {
         revision,
         offset,
         text: text.into(),
+        generated_tokens: 0,
     }
     .into()
 }
@@ -124,6 +138,7 @@ async fn frames_of_older_revisions_and_other_turns_are_dropped() {
         revision: 0,
         offset: 0,
         text: "other".into(),
+        generated_tokens: 0,
     };
     let frames = vec![
         chunk(0, 10, " green"),
@@ -203,5 +218,5 @@ async fn a_server_that_says_nothing_is_not_waited_for_forever() {
     });
     let done = asked(&url).await;
     assert_eq!(done.code, 69, "{done:?}");
-    assert!(done.err.contains("did not answer"), "{}", done.err);
+    assert!(done.err.contains("no continuator answered within 1s"), "{}", done.err);
 }

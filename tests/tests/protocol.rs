@@ -37,7 +37,7 @@ async fn good_turn(edge: &mut Edge, id: u64) -> String {
 
 /// Opens a stream by hand and sends one frame; the status it ends with.
 async fn first_frame(url: &str, frame: EdgeFrame) -> tonic::Status {
-    let channel = client::connect(url).await.unwrap();
+    let channel = client::connect(url, &client::Access::default()).await.unwrap();
     let (out, frames) = tokio::sync::mpsc::channel(4);
     out.send(frame).await.unwrap();
     let mut answer = ContinuatorServiceClient::new(channel)
@@ -333,7 +333,9 @@ async fn stop_texts_and_limits_are_kept() {
 #[tokio::test(flavor = "multi_thread")]
 async fn health_and_reflection_are_served() {
     let continuator = Continuator::start(&[]);
-    let channel = client::connect(&continuator.url).await.unwrap();
+    let channel = client::connect(&continuator.url, &client::Access::default())
+        .await
+        .unwrap();
     let mut health = tonic_health::pb::health_client::HealthClient::new(channel.clone());
     let request = tonic_health::pb::HealthCheckRequest {
         service: "segue.v1.ContinuatorService".into(),

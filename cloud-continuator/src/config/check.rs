@@ -63,7 +63,24 @@ impl Settings {
                 l.frame_bytes,
             ));
         }
-        self.backend_faults()
+        self.transport_fault().or_else(|| self.backend_faults())
+    }
+
+    fn transport_fault(&self) -> Option<String> {
+        let t = &self.transport;
+        if t.cert_file.is_some() != t.key_file.is_some() {
+            return Some("transport.cert_file and transport.key_file (--tls-cert, --tls-key) belong together: give both or neither".into());
+        }
+        if t.client_ca_file.is_some() && t.cert_file.is_none() {
+            return Some("transport.client_ca_file (--client-ca) asks edges for certificates, which needs TLS: give a certificate and a key too".into());
+        }
+        if t.cert_file.is_none() && !self.listen.ip().is_loopback() && !t.allow_plaintext {
+            return Some(format!(
+                "{} can be reached from other machines, and there is no TLS: give --tls-cert and --tls-key, listen on 127.0.0.1, or say --allow-plaintext if the network is trusted or something before this program does TLS",
+                self.listen
+            ));
+        }
+        None
     }
 
     fn backend_faults(&self) -> Option<String> {

@@ -6,16 +6,30 @@ use segue_shared::{
     proto::{self, EdgeFrame, edge_frame::Body},
     reply_log::Surface,
 };
+use tokio::time::Instant;
 use tokio_stream::{Stream, StreamExt};
 use tonic::Status;
 
 use super::Service;
+use crate::{admission::StreamPlace, door::Caller, metrics::DeniedReason};
 
-/// Waits for the edge's Hello; returns what to answer, and the edge's surface.
+/// What the handshake settled.
+pub(super) struct Greeted {
+    pub welcome: proto::Welcome,
+    pub device: String,
+    pub surface: Surface,
+}
+
+/// Waits for the edge's Hello; returns what to answer, and who the edge is.
 ///
 /// # Errors
 /// The status that ends the stream.
-pub(super) async fn greet<S>(service: &Service, mut frames: Pin<&mut S>) -> Result<(proto::Welcome, Surface), Status>
+pub(super) async fn greet<S>(
+    service: &Service,
+    caller: &Caller,
+    place: &mut StreamPlace,
+    mut frames: Pin<&mut S>,
+) -> Result<Greeted, Status>
 where
     S: Stream<Item = Result<EdgeFrame, Status>>,
 {
@@ -43,6 +57,12 @@ where
     if hello.device_id.len() > 128 {
         return Err(Status::invalid_argument("device_id is longer than 128 bytes"));
     }
+    if let Err(status) = caller.may_be(&hello.device_id) {
+        service.metrics.denied(DeniedReason::other_device);
+        tracing::warn!(token = caller.token(), "another device's credentials; not let in");
+        return Err(status);
+    }
+    place.belongs_to(&hello.device_id, Instant::now())?;
     let surface = match hello.surface() {
         proto::Surface::Revisable => Surface::Revisable,
         proto::Surface::AppendOnly | proto::Surface::Unspecified => Surface::AppendOnly,
@@ -53,5 +73,9 @@ where
         ?surface,
         "edge connected"
     );
-    Ok((service.welcome(version), surface))
+    Ok(Greeted {
+        welcome: service.welcome(version),
+        device: hello.device_id,
+        surface,
+    })
 }

@@ -94,6 +94,12 @@ pub(super) fn too_long(most: usize) -> Vec<Effect> {
     invalid(format!("the opener is longer than {most} bytes"))
 }
 
+pub(super) fn too_much_heard(heard: usize, length: usize) -> Vec<Effect> {
+    invalid(format!(
+        "{heard} bytes were reported as heard, but the reply has {length}"
+    ))
+}
+
 pub(super) fn invalid(message: String) -> Vec<Effect> {
     vec![Effect::Fail {
         error: TurnError::InvalidArgument,

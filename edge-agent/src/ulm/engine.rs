@@ -59,6 +59,8 @@ pub struct Info {
 pub struct Generate {
     /// What the user said.
     pub question: String,
+    /// What has been said of the reply; the model goes on from there.
+    pub said: String,
     /// How tokens are chosen.
     pub sampling: Sampling,
     /// Most tokens to generate.
@@ -111,6 +113,7 @@ struct Shared {
     jobs: Option<mpsc::SyncSender<Job>>,
     thread: Option<JoinHandle<()>>,
     info: Info,
+    codec: Codec,
 }
 
 impl Drop for Shared {
@@ -139,7 +142,7 @@ impl Engine {
                 match built {
                     Err(error) => drop(loaded.send(Err(error))),
                     Ok((mut worker, info)) => {
-                        drop(loaded.send(Ok(info)));
+                        drop(loaded.send(Ok((info, worker.codec.clone()))));
                         for job in queue {
                             worker.run(job);
                         }
@@ -151,10 +154,11 @@ impl Engine {
             .recv()
             .unwrap_or_else(|_| Err(LoadError::Torch("its thread ended".into())))
         {
-            Ok(info) => Ok(Self(Arc::new(Shared {
+            Ok((info, codec)) => Ok(Self(Arc::new(Shared {
                 jobs: Some(jobs),
                 thread: Some(thread),
                 info,
+                codec,
             }))),
             Err(error) => {
                 let _ = thread.join();
@@ -166,6 +170,11 @@ impl Engine {
     /// What was loaded.
     pub fn info(&self) -> &Info {
         &self.0.info
+    }
+
+    /// How many tokens a text has in the model's vocabulary.
+    pub fn count(&self, text: &str) -> usize {
+        self.0.codec.encode(text).len()
     }
 
     /// Queues a generation. Its steps go to `sink`, on the engine's thread; the last one is [`Step::End`] unless the sink broke off.
@@ -242,6 +251,7 @@ impl Worker {
         for words in [3, 12] {
             let request = Generate {
                 question: "warm up ".repeat(words),
+                said: String::new(),
                 sampling: Sampling::default(),
                 max_tokens: 3,
             };
@@ -269,7 +279,13 @@ impl Worker {
 
     fn generate(&mut self, request: &Generate, sink: &mut Sink) -> Step {
         let limit = PROMPT_LIMIT.min(self.model.capacity() * 3 / 4);
-        let prompt = self.codec.prompt(&request.question, limit);
+        let mut prompt = self.codec.prompt(&request.question, limit);
+        let mut reply = self.codec.encode(&request.said);
+        // Of a reply that is longer than the rest of the cache, the model sees the end.
+        let room = (self.model.capacity() - prompt.len()).saturating_sub(request.max_tokens.min(64));
+        reply.drain(..reply.len().saturating_sub(room));
+        prompt.extend(&reply);
+        let head = reply.len();
         let common = prompt
             .iter()
             .zip(&self.cached)
@@ -279,12 +295,12 @@ impl Worker {
         self.model.truncate(common);
         self.cached.truncate(common);
         let mut sampler = Sampler::new(request.sampling);
-        let mut cutter = WordCutter::default();
-        let (mut reply, mut text) = (Vec::new(), String::new());
+        let mut text = self.codec.decode(&reply);
+        let mut cutter = WordCutter::after(text.len());
         let mut fed = prompt[common..].to_vec();
         let end = |stop, reply: &[u32]| Step::End {
             stop,
-            tokens: reply.len(),
+            tokens: reply.len() - head,
         };
         loop {
             let ids: Vec<i64> = fed.iter().map(|t| i64::from(*t)).collect();
@@ -311,7 +327,7 @@ impl Worker {
             if complete || line.len() < text.len() {
                 return end(Stop::Complete, &reply);
             }
-            if reply.len() >= request.max_tokens || self.model.length() >= self.model.capacity() {
+            if reply.len() - head >= request.max_tokens || self.model.length() >= self.model.capacity() {
                 // A word that is still growing is not said.
                 return end(Stop::Length, &reply);
             }

@@ -76,14 +76,16 @@ impl Codec {
     pub fn prompt(&self, question: &str, limit: usize) -> Vec<u32> {
         // Chat tokens that a user types are text, not structure.
         let question = question.replace("<|", "< |");
-        let ids = self
-            .tokenizer
-            .encode(question, false)
-            .map(|e| e.get_ids().to_vec())
-            .unwrap_or_default();
+        let ids = self.encode(&question);
         let room = limit.saturating_sub(self.head.len() + self.tail.len());
         let tail_of_question = &ids[ids.len().saturating_sub(room)..];
         [&self.head, tail_of_question, &self.tail].concat()
+    }
+
+    /// The tokens of a text.
+    pub fn encode(&self, text: &str) -> Vec<u32> {
+        let ids = self.tokenizer.encode(text, false);
+        ids.map(|e| e.get_ids().to_vec()).unwrap_or_default()
     }
 
     /// Whether `token` ends a reply.
@@ -121,6 +123,14 @@ pub struct WordCutter {
 }
 
 impl WordCutter {
+    /// Cuts a text whose first `said` bytes were said already.
+    pub fn after(said: usize) -> Self {
+        Self {
+            emitted: said,
+            scores: Vec::new(),
+        }
+    }
+
     /// Takes the text so far, after a token of `log_probability`; returns the words that became complete.
     pub fn push(&mut self, text: &str, log_probability: f32) -> Vec<Word> {
         self.scores.push((text.len(), log_probability));

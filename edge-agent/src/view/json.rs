@@ -63,6 +63,10 @@ impl<W: Write + Send> View for Json<W> {
             Happening::Produced(Show::Continuation { offset, text }) => {
                 self.line(at, "continuation", json!({ "offset": offset, "text": text }));
             }
+            Happening::Produced(Show::Lost(why)) => self.line(at, "lost", json!({ "message": why })),
+            Happening::Produced(Show::Resumed { bytes }) => self.line(at, "resumed", json!({ "offset": bytes })),
+            Happening::Produced(Show::Alone(why)) => self.line(at, "offline", json!({ "message": why })),
+            Happening::Produced(Show::AloneWord(text)) => self.line(at, "offline_word", json!({ "text": text })),
             Happening::Played(_) => {}
             Happening::Heard(bytes) => self.line(at, "heard", json!({ "bytes": bytes })),
         }
@@ -91,7 +95,7 @@ impl<W: Write + Send> View for Json<W> {
                     at,
                     "end",
                     json!({
-                        "text": outcome.text, "finish_reason": reason, "timings": times,
+                        "text": outcome.text, "finish_reason": reason, "offline": false, "resumed": outcome.resumed, "timings": times,
                         "usage": {
                             "prompt_tokens": usage.prompt_tokens, "cached_tokens": usage.cached_tokens,
                             "opener_tokens": usage.opener_tokens, "generated_tokens": usage.generated_tokens,
@@ -100,6 +104,14 @@ impl<W: Write + Send> View for Json<W> {
                     }),
                 );
             }
+            Over::Alone(_) => self.line(
+                at,
+                "end",
+                json!({
+                    "text": outcome.text, "finish_reason": "stop", "offline": true, "resumed": outcome.resumed, "timings": times,
+                    "usage": null,
+                }),
+            ),
             Over::Cancelled => self.line(
                 at,
                 "end",
@@ -132,7 +144,7 @@ pub fn failure(over: &Over) -> (String, String) {
             format!("{why}; what is shown is all that came"),
         ),
         Over::Broken(why) => ("protocol".into(), format!("the continuator broke the protocol: {why}")),
-        Over::Done(_) | Over::Cancelled => ("none".into(), String::new()),
+        Over::Done(_) | Over::Alone(_) | Over::Cancelled => ("none".into(), String::new()),
     }
 }
 

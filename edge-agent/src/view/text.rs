@@ -152,6 +152,10 @@ impl<W: Write + Send> View for Text<W> {
         let mut line = String::from("\n");
         match &outcome.over {
             Over::Done(_) => {}
+            Over::Alone(why) => {
+                let note = format!("(offline: the micro language model answered alone; {why})");
+                line.push_str(&(self.styled(FAINT, &note) + "\n"));
+            }
             Over::Cancelled => line.push_str(&(self.styled(FAINT, "(interrupted)") + "\n")),
             over => {
                 let note = format!("({}: {})", "the reply is not complete", failure(over).1);
