@@ -3,7 +3,7 @@
 CARGO ?= cargo
 .DEFAULT_GOAL := help
 
-.PHONY: help setup build peers demo test fmt lint bench eval train clean
+.PHONY: help setup build peers demo test fmt lint bench chaos fuzz soak eval train clean
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -38,6 +38,10 @@ bench: build ## Measure the pair, the engine beside llama.cpp's own bench, and t
 	bash tests/bring_llama_bench.sh || echo "llama.cpp's own bench cannot be built here: see .segue/llama.cpp/build.log" >&2
 	$(CARGO) run --release --locked -p segue-tests --bin engine
 	$(CARGO) run --release --locked -p segue-tests --bin load
+
+chaos: build ## A thousand turns, each with a fault: networks, killed servers, full disks, clocks
+	bash tests/bring_toxiproxy.sh
+	$(CARGO) run --release --locked -p segue-tests --bin chaos
 
 eval: build ## Evaluate the verifier and the openers
 	$(CARGO) run --release --locked -p segue-tests --bin eval

@@ -247,8 +247,8 @@ fn refused(url: &str, status: &Status) -> ConnectError {
     let (url, message) = (url.to_owned(), status.message().to_owned());
     match status.code() {
         Code::Unimplemented | Code::FailedPrecondition => ConnectError::Version(url, message),
-        // What tonic makes of a server that speaks no gRPC, and of a connection that breaks.
-        Code::Unknown | Code::Internal if broke(status) => {
+        // A connection that broke has a cause; what a server that speaks no gRPC answers has none.
+        Code::Unknown | Code::Internal if status.source().is_some() => {
             ConnectError::Unreachable(url, root_cause(status).to_string())
         }
         Code::Unknown | Code::Internal => ConnectError::Version(url, message),
@@ -266,11 +266,6 @@ fn broken(url: &str, error: &(dyn StdError + 'static)) -> ConnectError {
     } else {
         ConnectError::Unreachable(url.to_owned(), why)
     }
-}
-
-/// Whether the connection itself broke, below HTTP.
-fn broke(error: &(dyn StdError + 'static)) -> bool {
-    causes(error).any(|cause| cause.is::<std::io::Error>())
 }
 
 /// Whether TLS was why: a certificate that is not trusted, or no TLS at the other end.

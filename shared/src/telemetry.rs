@@ -52,6 +52,8 @@ pub fn init(service: &'static str, version: &'static str, level: LevelFilter) ->
     };
     let logs = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
+        // When they cannot be written there is nobody to tell.
+        .log_internal_errors(false)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .with_filter(filter);

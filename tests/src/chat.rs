@@ -2,7 +2,7 @@
 
 use std::{
     io::{BufRead, BufReader, Write},
-    process::{Child, ChildStdin, ExitStatus, Stdio},
+    process::{Child, ChildStdin, Command, ExitStatus, Stdio},
     sync::mpsc::{Receiver, channel},
     time::{Duration, Instant},
 };
@@ -25,6 +25,14 @@ impl Chat {
     /// # Panics
     /// When it does not start.
     pub fn start(servers: &str, args: &[&str]) -> Self {
+        Self::start_with(servers, args, |_| {})
+    }
+
+    /// The same, with a changed environment, or another place for standard error.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn start_with(servers: &str, args: &[&str], change: impl FnOnce(&mut Command)) -> Self {
         let mut command = command("edge-agent");
         command
             .args(["chat", "--server", servers, "--output", "jsonl"])
@@ -32,8 +40,9 @@ impl Chat {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
+        change(&mut command);
         let mut child = command.spawn().expect("the edge starts");
-        let (out, err) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
+        let (out, err) = (child.stdout.take().expect("piped"), child.stderr.take());
         let ((event, events), (error, errors)) = (channel(), channel());
         std::thread::spawn(move || {
             for line in BufReader::new(out).lines().map_while(Result::ok) {
@@ -44,7 +53,10 @@ impl Chat {
             }
         });
         std::thread::spawn(move || {
-            for line in BufReader::new(err).lines().map_while(Result::ok) {
+            for line in err
+                .into_iter()
+                .flat_map(|err| BufReader::new(err).lines().map_while(Result::ok))
+            {
                 let _ = error.send(line);
             }
         });
@@ -112,6 +124,18 @@ impl Chat {
                 return events;
             }
             assert!(started.elapsed() < PATIENCE, "the reply does not end: {events:?}");
+        }
+    }
+
+    /// The last event of the reply, if it comes within `limit`.
+    pub fn end_within(&self, limit: Duration) -> Option<Value> {
+        let started = Instant::now();
+        loop {
+            let left = limit.saturating_sub(started.elapsed());
+            let event = self.events.recv_timeout(left).ok()?;
+            if event["event"] == "end" || event["event"] == "error" {
+                return Some(event);
+            }
         }
     }
 

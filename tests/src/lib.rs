@@ -7,4 +7,5 @@ pub mod llama_server;
 pub mod metrics;
 pub mod peer;
 pub mod programs;
+pub mod toxiproxy;
 pub mod upstream;
