@@ -138,8 +138,14 @@ pub struct TokenFile {
     pub path: PathBuf,
 }
 
+const HUNDRED_YEARS: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+
 fn duration(text: &str) -> Result<Duration, String> {
-    humantime::parse_duration(text).map_err(|_| "a time is written like 12h, 90d or 1y".into())
+    let time = humantime::parse_duration(text).map_err(|_| "a time is written like 12h, 90d or 1y")?;
+    if time > HUNDRED_YEARS {
+        return Err("a hundred years are the most".into());
+    }
+    Ok(time)
 }
 
 /// The embedded engine.

@@ -133,6 +133,8 @@ pub struct Limits {
     pub user_text_bytes: usize,
     /// Largest history, in bytes of text.
     pub history_bytes: usize,
+    /// Connections at a time; 0: no limit.
+    pub connections: usize,
     /// Streams at a time; 0: no limit.
     pub streams: usize,
     /// Streams of one device at a time; 0: no limit.
@@ -277,6 +279,7 @@ impl Default for Limits {
     fn default() -> Self {
         let (limits, admission) = (session::Limits::default(), admission::Limits::default());
         Self {
+            connections: limits.connections,
             streams: admission.streams,
             streams_per_device: admission.streams_per_device,
             turns: admission.turns,
@@ -424,6 +427,7 @@ impl Settings {
             frame_bytes: l.frame_bytes,
             user_text_bytes: l.user_text_bytes,
             history_bytes: l.history_bytes,
+            connections: l.connections,
             turns: l.turns_per_stream,
             tokens: l.tokens,
             first_frame: l.first_frame,

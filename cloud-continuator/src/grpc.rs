@@ -5,7 +5,7 @@ use std::{pin::Pin, sync::Arc, time::Duration};
 use rustls::ServerConfig;
 use segue_shared::proto::{
     CloudFrame, EdgeFrame, FILE_DESCRIPTOR_SET,
-    continuator_service_server::{ContinuatorService, ContinuatorServiceServer},
+    continuator_service_server::{ContinuatorService, ContinuatorServiceServer, SERVICE_NAME},
 };
 use tokio::{
     net::TcpListener,
@@ -19,9 +19,11 @@ use tonic::{
         server::{TcpConnectInfo, TcpIncoming, TlsConnectInfo},
     },
 };
+use tonic_health::ServingStatus;
 use tracing::Instrument;
 
 use crate::{
+    connections::Places,
     door::Door,
     session::{self, Service},
     tls,
@@ -99,10 +101,14 @@ pub async fn serve(
     let mut ready = service.backends.ready();
     // Ready as long as a backend works and nobody has said to stop; and known before the first caller can ask.
     let report = async |serves: bool| {
-        if serves {
-            reporter.set_serving::<ContinuatorServiceServer<Grpc>>().await;
+        let status = if serves {
+            ServingStatus::Serving
         } else {
-            reporter.set_not_serving::<ContinuatorServiceServer<Grpc>>().await;
+            ServingStatus::NotServing
+        };
+        // The empty name stands for the whole server, which most probes ask for.
+        for name in ["", SERVICE_NAME] {
+            reporter.set_service_status(name, status).await;
         }
     };
     report(draining.borrow_and_update().is_none() && *ready.borrow_and_update()).await;
@@ -125,7 +131,10 @@ pub async fn serve(
         .expect("the embedded descriptors are valid");
     // A frame above the limit gets an answer of its own, unless it is so large that it must not be read at all.
     let limit = service.limits.frame_bytes.saturating_mul(2).max(FRAME_BYTES);
+    let (counted, lifetime) = (service.clone(), service.limits.lifetime);
     let server = Server::builder()
+        // A connection may be as old as a stream: then certificates are looked at again.
+        .max_connection_age(lifetime)
         .max_concurrent_streams(STREAMS)
         // A device that lost its network says nothing: ask, so that its turns are freed.
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
@@ -133,14 +142,16 @@ pub async fn serve(
         .add_service(health)
         .add_service(reflection)
         .add_service(ContinuatorServiceServer::new(Grpc { service, door }).max_decoding_message_size(limit));
+    let places = Places::new(counted.limits.connections);
+    let failed = move || counted.metrics.handshake_failed();
     let server = async {
         match transport {
             Transport::Plain(listener) => {
-                let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+                let incoming = places.hold(TcpIncoming::from(listener).with_nodelay(Some(true)));
                 server.serve_with_incoming_shutdown(incoming, stop).await
             }
             Transport::Tls(listener, certificates) => {
-                let incoming = ReceiverStream::new(tls::accept(listener, certificates));
+                let incoming = places.hold(ReceiverStream::new(tls::accept(listener, certificates, failed)));
                 server.serve_with_incoming_shutdown(incoming, stop).await
             }
         }

@@ -6,6 +6,7 @@ pub mod backend;
 pub mod backends;
 pub mod cli;
 pub mod config;
+pub mod connections;
 pub mod door;
 pub mod grpc;
 pub mod http;

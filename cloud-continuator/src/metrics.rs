@@ -18,6 +18,7 @@ pub struct Metrics {
     denied: Family<Reason, Counter>,
     turns: Family<Ended, Counter>,
     resumed: Counter,
+    handshakes_failed: Counter,
     streams_active: Gauge,
     turns_active: Gauge,
     tasks: Gauge,
@@ -108,6 +109,9 @@ impl Default for Metrics {
             "Turns that went on from the reply of an earlier stream",
             resumed.clone(),
         );
+        let handshakes_failed = Counter::<u64, AtomicU64>::default();
+        let help = "TLS handshakes that failed, for want of a trusted certificate or of TLS";
+        registry.register("tls_handshake_failures", help, handshakes_failed.clone());
         let streams_active = Gauge::default();
         registry.register("streams_active", "Streams that are open", streams_active.clone());
         let turns_active = Gauge::default();
@@ -123,6 +127,7 @@ impl Default for Metrics {
             denied,
             turns,
             resumed,
+            handshakes_failed,
             streams_active,
             turns_active,
             tasks,
@@ -145,6 +150,11 @@ impl Metrics {
     /// A turn goes on from the reply of an earlier stream.
     pub fn resumed(&self) {
         self.resumed.inc();
+    }
+
+    /// A TLS handshake failed.
+    pub fn handshake_failed(&self) {
+        self.handshakes_failed.inc();
     }
 
     /// All of them in OpenMetrics' text format, which Prometheus reads. Must be called inside a tokio runtime.

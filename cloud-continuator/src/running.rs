@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use tracing::{Span, field::Empty, info_span};
 
 use crate::{
-    admission::TurnPlace,
+    admission::{Refused, TurnPlace},
     attempts::{Attempts, News},
     backend::{Event, Failure, Finish, Request, Usage},
     metrics::Outcome,
@@ -41,6 +41,7 @@ pub struct Running {
     span: Span,
     prefill_span: Span,
     phase: Span,
+    device: String,
     /// Its place among the turns that run, as long as it does.
     place: Option<TurnPlace>,
     /// Whether its end was counted.
@@ -57,6 +58,7 @@ impl Running {
         surface: Surface,
         start: &StartTurn,
         request: Request,
+        device: &str,
         place: TurnPlace,
     ) -> Result<Self, TurnFailed> {
         let span = info_span!(
@@ -115,6 +117,7 @@ impl Running {
             prefill_span: info_span!(parent: &span, "prefill"),
             phase: Span::none(),
             span,
+            device: device.to_owned(),
             place: Some(place),
             counted: false,
         };
@@ -207,6 +210,15 @@ impl Running {
                     }
                 }
                 Effect::Reopen(input) => {
+                    if self.place.is_none() {
+                        match self.service.admission.turn(&self.device, Instant::now()) {
+                            Ok(place) => self.place = Some(place),
+                            Err(refused) => {
+                                frames.push(self.overloaded(refused).into());
+                                continue;
+                            }
+                        }
+                    }
                     if let Err(failure) = self.attempts.reopen().and_then(|()| self.attempts.send(input)) {
                         frames.extend(self.news(News::Event(Event::Failed(failure))));
                     }
@@ -214,6 +226,19 @@ impl Running {
             }
         }
         frames
+    }
+
+    /// There is no place for a turn that would have to go on.
+    fn overloaded(&mut self, refused: Refused) -> TurnFailed {
+        self.machine.give_up();
+        self.record_failure(TurnError::Overloaded);
+        turn_failed(
+            self.id,
+            TurnError::Overloaded,
+            refused.message,
+            true,
+            Some(refused.retry_after),
+        )
     }
 
     fn mark(&mut self, mark: Mark) {

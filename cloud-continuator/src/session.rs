@@ -49,6 +49,8 @@ pub struct Limits {
     pub user_text_bytes: usize,
     /// Largest history, in bytes of text.
     pub history_bytes: usize,
+    /// Connections at a time; 0: no limit.
+    pub connections: usize,
     /// Turns at a time on one stream.
     pub turns: usize,
     /// Largest `max_tokens`.
@@ -69,6 +71,7 @@ impl Default for Limits {
             frame_bytes: 256 << 10,
             user_text_bytes: 16 << 10,
             history_bytes: 128 << 10,
+            connections: 8192,
             turns: 8,
             tokens: 1024,
             first_frame: Duration::from_secs(10),
@@ -414,7 +417,7 @@ impl Session {
                 return self.turn_away(id, TurnError::Overloaded, refused.message, after).await;
             }
         };
-        match Running::open(&self.service, self.surface, &start, request, place) {
+        match Running::open(&self.service, self.surface, &start, request, &self.device, place) {
             Ok(turn) => {
                 self.turns.insert(id, turn);
                 Ok(())

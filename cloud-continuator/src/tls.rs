@@ -1,6 +1,7 @@
 //! Transport security: certificates that can be renewed while serving, and the connections that use them.
 
 use std::{
+    collections::VecDeque,
     fmt::Display,
     path::{Path, PathBuf},
     sync::Arc,
@@ -15,14 +16,15 @@ use rustls::{
 use thiserror::Error;
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, mpsc, watch},
+    sync::{mpsc, watch},
+    task::AbortHandle,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 /// The longest that a TLS handshake may take.
-const HANDSHAKE: Duration = Duration::from_secs(10);
-/// Handshakes at a time; who comes when there are more waits.
-const HANDSHAKES: usize = 256;
+const HANDSHAKE: Duration = Duration::from_secs(5);
+/// Handshakes at a time.
+const HANDSHAKES: usize = 1024;
 
 /// The files.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,22 +101,23 @@ fn file(path: &Path, why: impl Display) -> TlsError {
     TlsError::File(path.display().to_string(), why.to_string())
 }
 
-/// Accepts connections and shakes hands with each, many at a time: a caller that is slow about it keeps nobody waiting.
+/// Accepts connections and shakes hands with each, many at a time: a caller that is slow about it keeps nobody waiting, and when very many
+/// are, the slowest is sent away for the next. `failed` is told of each handshake that fails.
 pub fn accept(
     listener: TcpListener,
     config: watch::Receiver<Arc<Arc<ServerConfig>>>,
+    failed: impl Fn() + Clone + Send + Sync + 'static,
 ) -> mpsc::Receiver<std::io::Result<TlsStream<TcpStream>>> {
     let (ready, connections) = mpsc::channel(16);
-    let places = Arc::new(Semaphore::new(HANDSHAKES));
     tokio::spawn(async move {
+        let mut shaking = VecDeque::<AbortHandle>::new();
         loop {
-            let place = places.clone().acquire_owned().await.expect("it is never closed");
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
                 () = ready.closed() => return,
             };
-            let stream = match accepted {
-                Ok((stream, _)) => stream,
+            let (stream, edge) = match accepted {
+                Ok(accepted) => accepted,
                 Err(error) => {
                     // Out of file descriptors, most likely: some will be free soon.
                     tracing::warn!(%error, "a connection was not accepted");
@@ -124,15 +127,21 @@ pub fn accept(
             };
             let _ = stream.set_nodelay(true);
             let acceptor = TlsAcceptor::from(config.borrow().as_ref().clone());
-            let ready = ready.clone();
-            tokio::spawn(async move {
-                let _place = place;
+            let (ready, failed) = (ready.clone(), failed.clone());
+            let handshake = tokio::spawn(async move {
                 match tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await {
-                    Ok(Ok(stream)) => drop(ready.send(Ok(stream)).await),
-                    Ok(Err(error)) => tracing::warn!(%error, "a TLS handshake failed"),
-                    Err(_) => tracing::warn!("a TLS handshake took too long"),
+                    Ok(Ok(stream)) => return drop(ready.send(Ok(stream)).await),
+                    Ok(Err(error)) => tracing::warn!(%edge, %error, "a TLS handshake failed"),
+                    Err(_) => tracing::warn!(%edge, "a TLS handshake took too long"),
                 }
+                failed();
             });
+            shaking.push_back(handshake.abort_handle());
+            while shaking.front().is_some_and(AbortHandle::is_finished) || shaking.len() > HANDSHAKES {
+                if let Some(slowest) = shaking.pop_front() {
+                    slowest.abort();
+                }
+            }
         }
     });
     connections

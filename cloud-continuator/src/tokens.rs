@@ -6,7 +6,7 @@
 use std::{
     fs::{File, OpenOptions},
     io::Write,
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{MetadataExt, OpenOptionsExt, fchown},
     path::Path,
     time::{Duration, SystemTime},
 };
@@ -117,6 +117,8 @@ impl Tokens {
     /// [`FileError`]
     pub fn change<T>(path: &Path, change: impl FnOnce(&mut Self) -> Result<T, FileError>) -> Result<T, FileError> {
         let io = |e| FileError::Io(path.display().to_string(), e);
+        // Behind a link stands the file that is changed.
+        let path = &path.canonicalize().unwrap_or_else(|_| path.to_owned());
         let aside = |ending: &str| {
             let mut name = path.file_name().unwrap_or_default().to_owned();
             name.push(ending);
@@ -142,9 +144,25 @@ impl Tokens {
             toml::to_string(&tokens).map_err(|e| FileError::Syntax(path.display().to_string(), e.to_string()))?;
         let new = aside(".new");
         let mut file = secret(&new).map_err(io)?;
+        // Whoever could read it must still be able to: a server that cannot would go on with the old one.
+        if let Ok(old) = std::fs::metadata(path) {
+            let made = file.metadata().map_err(io)?;
+            if (old.uid(), old.gid()) != (made.uid(), made.gid()) {
+                fchown(&file, Some(old.uid()), Some(old.gid())).map_err(io)?;
+            }
+            file.set_permissions(old.permissions()).map_err(io)?;
+        }
         file.write_all(format!("{HEAD}{text}").as_bytes()).map_err(io)?;
         file.sync_all().map_err(io)?;
         std::fs::rename(&new, path).map_err(io)?;
+        if let Some(folder) = path.parent() {
+            let folder = File::open(if folder.as_os_str().is_empty() {
+                Path::new(".")
+            } else {
+                folder
+            });
+            folder.and_then(|folder| folder.sync_all()).map_err(io)?;
+        }
         Ok(result)
     }
 
@@ -157,7 +175,12 @@ impl Tokens {
         if device.is_empty() || device.len() > 128 || !printable {
             return Err(FileError::Device(device.to_owned()));
         }
-        let id = random(BYTES.0);
+        let id = loop {
+            let id = random(BYTES.0);
+            if self.token.iter().all(|entry| entry.id != id) {
+                break id;
+            }
+        };
         let token = format!("segue_{id}_{}", random(BYTES.1));
         self.token.push(Entry {
             id,

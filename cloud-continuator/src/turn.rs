@@ -18,8 +18,10 @@ use crate::{
     verify::{self, Answer, Judged, Thresholds, Verdict, Verifier},
 };
 
-/// Longest opener or resumed reply text, in bytes; far more than an opener ever has.
+/// Longest opener, in bytes; far more than one ever has.
 const OPENER_BYTES: usize = 16 << 10;
+/// Longest reply text that is resumed, in bytes.
+const REPLY_BYTES: usize = 1 << 20;
 
 /// What verifying and correcting depend on.
 #[derive(Clone, Copy, Debug, Default)]
@@ -74,6 +76,8 @@ pub struct Turn {
     went_on: bool,
     failed: bool,
     exhausted: bool,
+    /// The last directive kept every word.
+    bridged: bool,
     /// The generation that was asked for last, counted from 0 within the backend's turn, and what was asked.
     asked: Option<(u32, Input)>,
 }
@@ -108,6 +112,7 @@ impl Turn {
             went_on: false,
             failed: false,
             exhausted: false,
+            bridged: false,
             asked: None,
         }
     }
@@ -115,6 +120,12 @@ impl Turn {
     /// The turn's tokens were used up by earlier attempts: when their reply is committed, it is complete.
     pub fn exhaust(&mut self) {
         self.exhausted = true;
+    }
+
+    /// The turn cannot go on.
+    pub fn give_up(&mut self) {
+        self.state = State::Ended;
+        self.failed = true;
     }
 
     /// Says whether the backend that serves the turn scores openers.
@@ -157,8 +168,7 @@ impl Turn {
             Incoming::Moved => self.moved(),
         };
         if effects.iter().any(|effect| matches!(effect, Effect::Fail { .. })) {
-            self.state = State::Ended;
-            self.failed = true;
+            self.give_up();
         }
         effects
     }
@@ -173,7 +183,7 @@ impl Turn {
                 self.opener.len()
             ));
         }
-        if offset + text.len() > OPENER_BYTES {
+        if offset.saturating_add(text.len()) > OPENER_BYTES {
             return too_long(OPENER_BYTES);
         }
         self.opener.push_str(text);
@@ -184,8 +194,9 @@ impl Turn {
         if self.state != State::Opening {
             return unexpected("the opener was committed twice");
         }
-        if prefix.len() > OPENER_BYTES {
-            return too_long(OPENER_BYTES);
+        let most = if resumed { REPLY_BYTES } else { OPENER_BYTES };
+        if prefix.len() > most {
+            return too_long(most);
         }
         if self.heard > prefix.len() {
             return too_much_heard(self.heard, prefix.len());
@@ -416,7 +427,8 @@ impl Turn {
         self.spoke = false;
         let mut reply = self.opener[..kept].to_owned();
         let mut model_sees = reply.clone();
-        if correction == Correction::Bridge {
+        self.bridged = correction == Correction::Bridge;
+        if self.bridged {
             let bridge = policy::bridge(self.tone, &self.history, self.id);
             let joint = if reply.is_empty() || reply.ends_with(char::is_whitespace) {
                 ""
@@ -446,8 +458,8 @@ impl Turn {
 
     fn refused(&mut self, revision: u32, heard: usize) -> Vec<Effect> {
         self.heard = self.heard.max(heard);
-        if revision == 0 || revision != self.revision {
-            return Vec::new(); // an older directive; the newer one stands
+        if revision == 0 || revision != self.revision || self.bridged {
+            return Vec::new(); // an older directive, or one that takes nothing back
         }
         let ended = self.state == State::Ended;
         if !ended {

@@ -31,6 +31,7 @@ where
     let mut seen = stamp(&paths);
     let (sender, receiver) = watch::channel(Arc::new(load()?));
     tokio::spawn(async move {
+        let mut complained = None;
         loop {
             tokio::select! {
                 () = sender.closed() => return,
@@ -40,15 +41,18 @@ where
             if now == seen {
                 continue;
             }
-            seen = now;
             match load() {
                 Ok(value) => {
                     tracing::info!(what, "read again");
+                    seen = now;
                     sender.send_replace(Arc::new(value));
                 }
-                Err(error) => {
-                    tracing::error!(what, %error, "cannot be read again; what was there before stays in force")
+                // It is tried again each time: what was wrong may have been nothing about the files.
+                Err(error) if complained.as_ref() != Some(&now) => {
+                    tracing::error!(what, %error, "cannot be read again; what was there before stays in force");
+                    complained = Some(now);
                 }
+                Err(_) => {}
             }
         }
     });

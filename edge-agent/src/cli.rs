@@ -16,6 +16,8 @@ use crate::{
     ulm::{self, precision::Precision, sampler::Sampling},
 };
 
+/// The longest time that may be asked for.
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// How fast people read silently, in words a minute.
 const READING: f32 = 238.0;
 
@@ -165,7 +167,11 @@ fn number(text: &str, what: &str, ok: impl Fn(f32) -> bool) -> Result<f32, Strin
 }
 
 fn time(text: &str) -> Result<Duration, String> {
-    humantime::parse_duration(text).map_err(|_| "a time is written like 500ms, 10s or 2m".into())
+    let time = humantime::parse_duration(text).map_err(|_| "a time is written like 500ms, 10s or 2m")?;
+    if time > DAY {
+        return Err("a day is the most".into());
+    }
+    Ok(time)
 }
 
 fn temperature(text: &str) -> Result<f32, String> {

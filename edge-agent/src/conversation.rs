@@ -133,6 +133,10 @@ pub struct Conversation {
     /// Whether there are several servers to choose from.
     several: bool,
     server: Option<Server>,
+    /// Whether there ever was one.
+    known: bool,
+    /// Bytes of history that all of them took.
+    history_bytes: usize,
     /// Why there was no server, the last time.
     failure: Option<ConnectError>,
     options: Options,
@@ -146,6 +150,8 @@ pub struct Conversation {
 
 /// The continuator that serves us.
 struct Server {
+    /// Which connection of the link it is.
+    number: u64,
     welcome: Welcome,
     outgoing: mpsc::Sender<EdgeFrame>,
     /// It is going away: the next turn goes elsewhere.
@@ -160,6 +166,8 @@ impl Conversation {
             link,
             several: servers > 1,
             server: None,
+            known: false,
+            history_bytes: usize::MAX,
             failure: None,
             options,
             history: History::default(),
@@ -197,6 +205,11 @@ impl Conversation {
         self.failure.as_ref()
     }
 
+    /// Whether there will be no continuator any more.
+    pub fn ended(&self) -> bool {
+        self.link.is_none() && self.failure.is_some()
+    }
+
     /// Bytes that a question may have.
     pub fn question_limit(&self) -> usize {
         let limits = self.server.as_ref().and_then(|server| server.welcome.limits);
@@ -219,10 +232,20 @@ impl Conversation {
 
     fn learn(&mut self, news: Option<News>) -> Option<Body> {
         match news {
-            Some(News::Connected { welcome, outgoing }) => {
+            Some(News::Connected {
+                number,
+                welcome,
+                outgoing,
+            }) => {
                 self.failure = None;
+                self.known = true;
+                let bytes = welcome
+                    .limits
+                    .map_or(usize::MAX, |limits| limits.max_history_bytes as usize);
+                self.history_bytes = self.history_bytes.min(bytes);
                 self.estimate = proto::std_duration(welcome.first_token_estimate).or(self.estimate);
                 self.server = Some(Server {
+                    number,
                     welcome: *welcome,
                     outgoing,
                     draining: false,
@@ -235,15 +258,27 @@ impl Conversation {
                 return frame.body;
             }
             Some(News::Lost(_)) => self.server = None,
-            Some(News::Failed(error)) => self.failure = Some(error),
+            Some(News::Failed { error, ended }) => {
+                self.failure = Some(error);
+                if ended {
+                    self.link = None;
+                }
+            }
             None => self.link = None,
         }
         None
     }
 
     fn leave_what_drains(&mut self) {
-        if let (Some(link), Some(_)) = (&self.link, self.server.take_if(|server| server.draining)) {
-            link.move_on();
+        if self.server.as_ref().is_some_and(|server| server.draining) {
+            self.leave();
+        }
+    }
+
+    /// Goes from the present continuator to the next.
+    fn leave(&mut self) {
+        if let (Some(link), Some(server)) = (&self.link, self.server.take()) {
+            link.leave(server.number);
         }
     }
 
@@ -280,9 +315,12 @@ impl Conversation {
         let options = self.options.clone();
         let mut run = Run::new(turn, &options, view, span, opener_span);
         let mut id = self.new_id();
-        let mut words = if self.link.is_none() && self.failure.is_none() {
-            run.on(give_up("no continuator was wanted (--offline always)", true))
-                .await;
+        let mut words = if self.link.is_none() {
+            let wanted = self.failure.as_ref().map(ToString::to_string);
+            let why = wanted
+                .as_deref()
+                .unwrap_or("no continuator was wanted (--offline always)");
+            run.on(give_up(why, wanted.is_none())).await;
             mpsc::channel(1).1 // nobody opens; the wish to go on alone is granted below
         } else {
             speaker::open(
@@ -309,14 +347,9 @@ impl Conversation {
                     Wish::GoOnAlone => {
                         words = speaker::alone(&self.engine, question, run.machine().log().text(), &self.options);
                     }
-                    Wish::Retry(after) => match (&self.link, self.several) {
-                        // Another one may have room now.
-                        (Some(link), true) => {
-                            self.server = None;
-                            link.move_on();
-                        }
-                        _ => retry_at = Some(Instant::now() + after.unwrap_or(RETRY)),
-                    },
+                    // Another one may have room now.
+                    Wish::Retry(_) if self.several => self.leave(),
+                    Wish::Retry(after) => retry_at = Some(Instant::now() + after.unwrap_or(RETRY)),
                 }
             }
             let over = run.is_over();
@@ -329,7 +362,12 @@ impl Conversation {
             let give_up_at = stuck_since
                 .filter(|_| !connected && !run.machine().alone())
                 .map(|since| since + self.options.resume_within);
-            let stall_at = connected.then(|| quiet_since + self.options.stall);
+            // Before its first words a continuator may take as long as it said it does, with some to spare.
+            let patience = match self.estimate {
+                Some(estimate) if !run.machine().continued() => self.options.stall.max(estimate * 3),
+                _ => self.options.stall,
+            };
+            let stall_at = (connected && run.machine().opened()).then(|| quiet_since + patience);
             let linked = self.link.is_some();
             tokio::select! {
                 biased;
@@ -380,10 +418,7 @@ impl Conversation {
                 }
                 () = at(stall_at), if !over => {
                     run.lose(format!("the continuator said nothing for {:?}", self.options.stall)).await;
-                    self.server = None;
-                    if let Some(link) = &self.link {
-                        link.move_on();
-                    }
+                    self.leave();
                 }
             }
             run.pump().await;
@@ -407,13 +442,16 @@ impl Conversation {
             return run.connect(&server.outgoing, id).await;
         }
         run.lose("the continuator was lost".into()).await;
+        if let Some(link) = &self.link {
+            link.want();
+        }
         let Some(failure) = &self.failure else { return };
         let why = failure.to_string();
-        let hopeless = self.link.is_none() || failure.permanent();
+        let hopeless = self.link.is_none();
         if !hopeless && self.options.offline == Offline::Auto && !run.machine().continued() {
             run.on(give_up(&why, true)).await;
-        } else if hopeless || (self.next_turn == 2 && run.machine().resumed() == 0 && !run.machine().continued()) {
-            // Nobody was ever there.
+        } else if hopeless || !self.known {
+            // Nobody will be there, or ever was.
             run.on(give_up(&why, false)).await;
         }
     }
@@ -424,9 +462,7 @@ impl Conversation {
     }
 
     fn start_frame(&mut self, question: &str, trace: &TraceContext) -> StartTurn {
-        let limits = self.server.as_ref().and_then(|server| server.welcome.limits);
-        let bytes = limits.map_or(usize::MAX, |limits| limits.max_history_bytes as usize);
-        self.history.trim(self.options.history_tokens, bytes);
+        self.history.trim(self.options.history_tokens, self.history_bytes);
         StartTurn {
             turn_id: 0,
             traceparent: trace.traceparent.clone(),

@@ -35,6 +35,8 @@ pub struct Options {
 pub enum News {
     /// A continuator welcomed us.
     Connected {
+        /// Which connection of the link this is, for [`Link::leave`].
+        number: u64,
         /// What it said.
         welcome: Box<Welcome>,
         /// Frames to it.
@@ -44,16 +46,23 @@ pub enum News {
     Frame(CloudFrame),
     /// It is gone; why, in a sentence. The link looks for another.
     Lost(String),
-    /// No server could be reached. The link tries again, unless the error is permanent: then it has ended.
-    Failed(ConnectError),
+    /// No server could be reached.
+    Failed {
+        /// Why, of the server that is likeliest to come back.
+        error: ConnectError,
+        /// The link has ended: trying again would not help. Else it goes on trying.
+        ended: bool,
+    },
 }
 
 #[derive(Debug, PartialEq, Eq)]
 enum Order {
-    /// Leave this continuator, and go to the next one.
-    Move,
+    /// Leave this connection, and go to the next server.
+    Leave(u64),
     /// Somebody waits: try now.
     Hurry,
+    /// A turn needs a continuator, as soon as the waits between attempts allow.
+    Want,
 }
 
 /// A handle to the link; dropping it ends the link.
@@ -82,6 +91,8 @@ impl Link {
         let runner = Runner {
             options,
             at: 0,
+            number: 0,
+            wanted: false,
             news: tell,
             orders: ordered,
             backoff: Backoff::new(WAITS.0, WAITS.1),
@@ -108,9 +119,14 @@ impl Link {
         self.news.try_recv().ok()
     }
 
-    /// Leaves the present continuator for the next one (the same, if there is only one).
-    pub fn move_on(&self) {
-        let _ = self.orders.try_send(Order::Move);
+    /// Leaves a connection, if it still is the present one, for the next server (the same, if there is only one).
+    pub fn leave(&self, number: u64) {
+        let _ = self.orders.try_send(Order::Leave(number));
+    }
+
+    /// A turn has lost its continuator: even a server that ends idle streams is called again.
+    pub fn want(&self) {
+        let _ = self.orders.try_send(Order::Want);
     }
 
     /// Somebody waits: an attempt that was put off is made now.
@@ -130,6 +146,10 @@ struct Runner {
     options: Options,
     /// The server to try first.
     at: usize,
+    /// Connections so far.
+    number: u64,
+    /// Somebody has asked for a connection since the last one.
+    wanted: bool,
     news: mpsc::Sender<News>,
     orders: mpsc::Receiver<Order>,
     backoff: Backoff,
@@ -156,16 +176,21 @@ impl Runner {
                         return Some(End::Unwanted);
                     }
                     // A server that ends idle streams wants them ended: the next turn connects.
-                    if idle && self.orders.recv().await.is_none() {
-                        return Some(End::Unwanted);
+                    while idle && !self.wanted {
+                        match self.orders.recv().await {
+                            None => return Some(End::Unwanted),
+                            Some(order) => self.wanted = !matches!(order, Order::Leave(_)),
+                        }
                     }
                 }
                 Err(error) => {
-                    let (permanent, text) = (error.permanent(), error.to_string());
-                    if self.news.send(News::Failed(error)).await.is_err() {
+                    // What worked before may be about to work again: a certificate or a token is being renewed, a server updated.
+                    let ended = error.permanent() && (self.number == 0 || matches!(error, ConnectError::Denied(..)));
+                    let text = error.to_string();
+                    if self.news.send(News::Failed { error, ended }).await.is_err() {
                         return Some(End::Unwanted);
                     }
-                    if permanent {
+                    if ended {
                         return Some(End::Failed(text));
                     }
                     if self.wait().await.is_err() {
@@ -217,19 +242,27 @@ impl Runner {
             mut incoming,
         } = conversation;
         let welcome = Box::new(welcome);
-        self.tell(News::Connected { welcome, outgoing }).await?;
+        self.number += 1;
+        self.wanted = false;
+        let number = self.number;
+        self.tell(News::Connected {
+            number,
+            welcome,
+            outgoing,
+        })
+        .await?;
         let mut good = false;
         loop {
             let next = tokio::select! {
                 frame = incoming.message() => frame,
                 order = self.orders.recv() => match order {
                     None => return Err(End::Unwanted),
-                    Some(Order::Hurry) => continue,
-                    Some(Order::Move) => {
+                    Some(Order::Leave(left)) if left == number => {
                         self.at = (self.at + 1) % self.options.servers.len();
                         self.tell(News::Lost("the continuator was left for another".into())).await?;
                         return Ok((good, false));
                     }
+                    Some(Order::Hurry | Order::Want | Order::Leave(_)) => continue,
                 },
             };
             match next {
@@ -257,9 +290,19 @@ impl Runner {
     /// Waits for the next attempt, or until somebody is in a hurry.
     async fn wait(&mut self) -> Result<(), End> {
         let until = Instant::now() + self.backoff.next(rand::random());
-        tokio::select! {
-            () = sleep_until(until) => Ok(()),
-            order = self.orders.recv() => order.map(|_| ()).ok_or(End::Unwanted),
+        loop {
+            tokio::select! {
+                () = sleep_until(until) => return Ok(()),
+                order = self.orders.recv() => match order {
+                    None => return Err(End::Unwanted),
+                    Some(Order::Hurry) => {
+                        self.wanted = true;
+                        return Ok(());
+                    }
+                    Some(Order::Want) => self.wanted = true,
+                    Some(Order::Leave(_)) => {}
+                },
+            }
         }
     }
 }

@@ -160,10 +160,7 @@ async fn chat(options: &Talk, barge_in: bool) -> Result<Exit, Failed> {
                 _ = tokio::signal::ctrl_c() => {}
                 _ = terminate.recv() => ended = true,
                 // A new question is an interruption; the end of the input is none.
-                line = async { lines.recv().await }, if terminal || barge_in => match line {
-                    Some(line) => next = Some(line),
-                    None => pending().await,
-                },
+                Some(line) = lines.recv(), if terminal || barge_in => next = Some(line),
             }
         };
         let outcome = conversation.turn(line, &mut *view, interrupt).await;
@@ -174,7 +171,7 @@ async fn chat(options: &Talk, barge_in: bool) -> Result<Exit, Failed> {
             Over::Done(_) | Over::Alone(_) | Over::Cancelled => {}
             Over::Failed { .. } => drop(report(&outcome, &conversation).map_err(|(_, message)| say(&message))),
             // The next question may find a continuator again.
-            Over::Lost(_) if !conversation.failure().is_some_and(ConnectError::permanent) => {
+            Over::Lost(_) if !conversation.ended() => {
                 let _ = report(&outcome, &conversation).map_err(|(_, message)| say(&message));
             }
             Over::Lost(_) | Over::Broken(_) => return report(&outcome, &conversation),
@@ -238,7 +235,7 @@ async fn open(options: &Talk) -> Result<Conversation, Failed> {
     let mut conversation = Conversation::new(engine, link, options.servers.len(), options.options());
     conversation.ready(FIRST_NEWS).await;
     match conversation.failure() {
-        Some(error) if error.permanent() || options.offline == Offline::Never => Err(cannot_connect(error)),
+        Some(error) if conversation.ended() || options.offline == Offline::Never => Err(cannot_connect(error)),
         _ => Ok(conversation),
     }
 }

@@ -193,6 +193,11 @@ impl Turn {
         self.attempts.saturating_sub(1)
     }
 
+    /// Whether the opener is complete.
+    pub fn opened(&self) -> bool {
+        self.decision.is_some()
+    }
+
     /// Whether the turn runs at a continuator.
     pub fn connected(&self) -> bool {
         self.connected
@@ -263,13 +268,17 @@ impl Turn {
         self.connected = true;
         self.attempts += 1;
         self.start.turn_id = id;
-        self.start.generated_tokens += std::mem::take(&mut self.generated);
+        let generated = std::mem::take(&mut self.generated);
+        self.start.generated_tokens = self.start.generated_tokens.saturating_add(generated);
         self.log.resume();
         let mut effects = self.send(self.start.clone());
         if self.state == State::Opening {
             let text = self.log.text().to_owned();
             if !text.is_empty() {
                 effects.extend(self.send(self.delta(0, text)));
+            }
+            if self.log.heard() > 0 {
+                effects.extend(self.send(self.heard()));
             }
         } else {
             self.state = State::Continuing;

@@ -49,7 +49,7 @@ pub struct Access {
     /// The name that the continuator's certificate must have [default: the address's].
     #[arg(long, env = "SEGUE_SERVER_NAME", value_name = "NAME")]
     pub server_name: Option<String>,
-    /// Talk to other machines without TLS.
+    /// Talk to other machines without TLS; what is said, and the token, can then be read on the way.
     #[arg(long)]
     pub allow_plaintext: bool,
 }

@@ -56,9 +56,14 @@ pub fn duration(value: std::time::Duration) -> prost_types::Duration {
     })
 }
 
-/// A standard duration from a protobuf one; `None` when it is absent or negative.
+/// The longest duration that a peer is taken at its word for: a day.
+const LONGEST: std::time::Duration = std::time::Duration::from_secs(24 * 60 * 60);
+
+/// A standard duration from a protobuf one, of at most a day (so that it can be added to any time); `None` when it is absent or negative.
 pub fn std_duration(value: Option<prost_types::Duration>) -> Option<std::time::Duration> {
-    value.and_then(|value| std::time::Duration::try_from(value).ok())
+    value
+        .and_then(|value| std::time::Duration::try_from(value).ok())
+        .map(|value| value.min(LONGEST))
 }
 
 #[cfg(test)]

@@ -82,6 +82,11 @@ impl Chat {
         writeln!(input, "{question}").expect("the edge reads");
     }
 
+    /// Ends the input.
+    pub fn no_more_questions(&mut self) {
+        self.input = None;
+    }
+
     /// The next event.
     ///
     /// # Panics

@@ -139,7 +139,15 @@ impl Edge {
     /// # Panics
     /// When one does.
     pub async fn silence(&mut self) {
-        let frame = tokio::time::timeout(Duration::from_millis(300), self.link.incoming.message()).await;
+        self.silence_of(Duration::from_millis(300)).await;
+    }
+
+    /// Asserts that no frame comes for `time`, and that the stream has not ended.
+    ///
+    /// # Panics
+    /// When one does, or it has.
+    pub async fn silence_of(&mut self, time: Duration) {
+        let frame = tokio::time::timeout(time, self.link.incoming.message()).await;
         assert!(frame.is_err(), "{frame:?}");
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod chat;
 pub mod edge;
+pub mod fuzz;
 pub mod golden;
 pub mod llama_server;
 pub mod metrics;

@@ -24,7 +24,7 @@ struct Config(PathBuf);
 impl Config {
     fn new(name: &str, head: &str, upstreams: &[(&str, &str)]) -> Self {
         let path = std::env::temp_dir().join(format!("segue-failover-{name}-{}.toml", std::process::id()));
-        let mut text = format!("{head}\n[directives]\nverify = false\n");
+        let mut text = format!("{head}\n[limits]\nturns_per_minute = 0\n[directives]\nverify = false\n");
         for (n, (url, more)) in upstreams.iter().enumerate() {
             text += &format!(
                 "[[backend]]\nkind = \"openai\"\nname = \"b{n}\"\nbase_url = {url:?}\nmodel = \"m{n}\"\nwarm_up = false\nmode = \"prefill\"\n{more}\n"

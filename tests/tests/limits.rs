@@ -255,3 +255,17 @@ async fn a_reader_that_never_reads_costs_the_others_nothing() {
     };
     assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_are_limited() {
+    let upstream = upstream().await;
+    let continuator = limited(&upstream, "connections", "connections = 2");
+    let mut one = Edge::connect(&continuator.url, Surface::Revisable).await;
+    let two = Edge::connect(&continuator.url, Surface::Revisable).await;
+    let three = Edge::try_connect(&continuator.url, &Access::default(), "three", Surface::Revisable).await;
+    assert!(three.is_err(), "a third connection is closed");
+    good_turn(&mut one, 1).await;
+    drop(two);
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    good_turn(&mut Edge::connect(&continuator.url, Surface::Revisable).await, 1).await;
+}

@@ -285,3 +285,39 @@ fn a_plain_reply_says_that_it_was_given_offline() {
         done.out
     );
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_grows_too_old_in_mid_reply_is_opened_again() {
+    let upstream = upstream(Duration::from_millis(60)).await;
+    let path = std::env::temp_dir().join(format!("segue-lifetime-{}.toml", std::process::id()));
+    let text = format!(
+        "[limits]\nlifetime = \"1s\"\n[directives]\nverify = false\n[[backend]]\nkind = \"openai\"\nbase_url = {:?}\nmodel = \"m\"\nmode = \"prefill\"\n",
+        upstream.url
+    );
+    std::fs::write(&path, text).unwrap();
+    let only = Continuator::start(&["--config", path.to_str().unwrap()]);
+    std::fs::remove_file(path).unwrap();
+    tokio::task::block_in_place(|| {
+        let mut chat = Chat::start(&only.url, &[OPENER]);
+        chat.say("What is the capital of Australia?");
+        let events = chat.reply();
+        assert_eq!(last(&events)["text"], WHOLE, "{events:?}");
+        assert!(last(&events)["resumed"].as_u64() > Some(0), "{events:?}");
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_the_last_question_the_edge_can_still_be_stopped() {
+    let upstream = upstream(Duration::from_secs(2)).await;
+    let only = continuator(&upstream);
+    tokio::task::block_in_place(|| {
+        let mut chat = Chat::start(&only.url, &[OPENER, "--barge-in"]);
+        chat.say("What is the capital of Australia?");
+        chat.until("opener_committed");
+        chat.no_more_questions();
+        std::thread::sleep(Duration::from_millis(300));
+        chat.signal(15);
+        assert_eq!(last(&chat.reply())["finish_reason"], "cancelled");
+        assert_eq!(chat.end().0.code(), Some(130));
+    });
+}

@@ -1,8 +1,8 @@
 //! The `openai` backend: any server that speaks OpenAI's chat completions: vLLM, SGLang, llama.cpp's server, Ollama, LM Studio, the clouds.
 
 pub mod body;
-mod stream;
-mod text;
+pub mod stream;
+pub mod text;
 mod turn;
 
 use std::{fmt, path::PathBuf, pin::Pin, sync::Arc, time::Duration};

@@ -1,6 +1,6 @@
 //! Values that cannot be, and settings that contradict each other.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, time::Duration};
 
 use super::{Backend, ConfigError, Embedded, OpenAi, Settings, log_probability};
 use crate::{
@@ -8,6 +8,8 @@ use crate::{
     verify,
 };
 
+/// Longest limit of a time.
+const YEAR: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 /// Bytes of a frame that are no text.
 const FRAME_OVERHEAD: usize = 4096;
 /// Largest limit of a frame's bytes.
@@ -49,6 +51,10 @@ impl Settings {
         let no_time = times.iter().filter(|t| t.1.is_zero()).map(|t| t.0);
         if let Some(name) = zero.chain(no_time).next() {
             return Some(format!("limits.{name} is 0: nothing could ever be served"));
+        }
+        let times = times.into_iter().chain([("drain", l.drain)]);
+        if let Some((name, _)) = times.into_iter().find(|(_, time)| *time > YEAR) {
+            return Some(format!("limits.{name} is more than a year"));
         }
         let texts = l.user_text_bytes.saturating_add(l.history_bytes);
         if l.frame_bytes > MOST_FRAME_BYTES {

@@ -32,9 +32,19 @@ impl Codec {
     /// # Errors
     /// [`LoadError::Tokenizer`] when it is unreadable or has tokens that the model lacks.
     pub fn load(path: &Path, config: &Config) -> Result<Self, LoadError> {
+        let bytes = std::fs::read(path).map_err(|e| LoadError::Tokenizer(e.to_string()))?;
+        Self::parse(&bytes, config)
+    }
+
+    /// The same from a file's bytes.
+    ///
+    /// # Errors
+    /// As [`Codec::load`].
+    pub fn parse(bytes: &[u8], config: &Config) -> Result<Self, LoadError> {
         let bad = |what: String| LoadError::Tokenizer(what);
-        let bytes = std::fs::read(path).map_err(|e| bad(e.to_string()))?;
-        let tokenizer = Tokenizer::from_bytes(&bytes).map_err(|e| bad(e.to_string()))?;
+        // The library panics over some texts that are no JSON.
+        serde_json::from_slice::<serde_json::Value>(bytes).map_err(|e| bad(e.to_string()))?;
+        let tokenizer = Tokenizer::from_bytes(bytes).map_err(|e| bad(e.to_string()))?;
         let (tokens, rows) = (tokenizer.get_vocab_size(true), config.vocab as usize);
         if tokens > rows {
             return Err(bad(format!(

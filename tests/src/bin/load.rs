@@ -34,6 +34,9 @@ struct Options {
     /// Streams, each with a connection of its own.
     #[arg(long, default_value_t = 1500)]
     streams: usize,
+    /// Further streams without turns.
+    #[arg(long, default_value_t = 0)]
+    idle: usize,
     /// Tokens a second and stream.
     #[arg(long, default_value_t = 20.0)]
     rate: f64,
@@ -130,7 +133,7 @@ async fn main() {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
     let config = std::env::temp_dir().join(format!("segue-load-{}.toml", std::process::id()));
     let text = format!(
-        "[directives]\nverify = false\n[limits]\nturn = \"10m\"\ntokens = {MOST}\n[[backend]]\nkind = \"openai\"\nbase_url = \"http://{}/v1\"\nmodel = \"m\"\nmode = \"prefill\"\nwarm_up = false\n",
+        "[directives]\nverify = false\n[limits]\nturn = \"1h\"\ntokens = {MOST}\n[[backend]]\nkind = \"openai\"\nbase_url = \"http://{}/v1\"\nmodel = \"m\"\nmode = \"prefill\"\nwarm_up = false\n",
         listener.local_addr().expect("it is bound")
     );
     std::fs::write(&config, text).expect("the temporary folder can be written");
@@ -157,6 +160,10 @@ async fn main() {
     for _ in 0..options.streams {
         edges.push(Edge::connect(&continuator.url, Surface::Revisable).await);
     }
+    let mut others = Vec::new();
+    for _ in 0..options.idle {
+        others.push(Edge::connect(&continuator.url, Surface::Revisable).await);
+    }
     tokio::time::sleep(Duration::from_secs(1)).await;
     let idle = memory();
     let from = Instant::now() + Duration::from_secs(5);
@@ -166,6 +173,7 @@ async fn main() {
     }
     tokio::time::sleep_until(from.into()).await;
     let (cloud, own) = (continuator.cpu(), cpu(std::process::id()));
+    let early = memory();
     let began = Instant::now();
     tokio::time::sleep(Duration::from_secs(options.seconds)).await;
     let took = began.elapsed();
@@ -179,6 +187,10 @@ async fn main() {
                 .into_iter()
                 .map(|micros| f64::from(micros) / 1e3),
         );
+    }
+    // Streams without turns were forgotten by nobody.
+    for edge in &mut others {
+        edge.silence_of(Duration::ZERO).await;
     }
     server.abort();
     let _ = std::fs::remove_file(config);
@@ -194,7 +206,16 @@ async fn main() {
     );
     let n = options.streams as f64;
     let rate = delays.len() as f64 / took.as_secs_f64();
-    let kib = |later: Memory, earlier: Memory| (later.resident as f64 - earlier.resident as f64) / 1024.0 / n;
+    let kib = |later: Memory, earlier: Memory, n: f64| (later.resident as f64 - earlier.resident as f64) / 1024.0 / n;
+    if options.idle > 0 {
+        println!("  {:<46} {:>10}", "further streams without turns", options.idle);
+        println!(
+            "  {:<46} {:>10.1}",
+            "memory at the start of the time measured (MiB)",
+            early.resident as f64 / f64::from(1 << 20)
+        );
+        println!("  {:<46} {:>10.1}", "growth within it (KiB)", kib(active, early, 1.0));
+    }
     println!(
         "  {:<46} {:>10}",
         "streams, each with a connection of its own", options.streams
@@ -224,10 +245,14 @@ async fn main() {
         let name = format!("upstream's write to edge's read, p{} (ms)", share * 100.0);
         println!("  {name:<46} {:>10.2}", percentile(&mut delays, share));
     }
-    println!("  {:<46} {:>10.1}", "memory an idle stream (KiB)", kib(idle, before));
+    println!(
+        "  {:<46} {:>10.1}",
+        "memory an idle stream (KiB)",
+        kib(idle, before, n + options.idle as f64)
+    );
     println!(
         "  {:<46} {:>10.1}",
         "memory an active stream (KiB)",
-        kib(active, before)
+        kib(active, idle, n) + kib(idle, before, n + options.idle as f64)
     );
 }

@@ -235,6 +235,7 @@ impl Answer {
             .is_none_or(|kind| !kind.as_bytes().starts_with(b"application/json"));
         let mut bounded = Bounded {
             bytes: Box::pin(response.bytes_stream()),
+            head: Some(Vec::new()),
             since_event: 0,
             in_line: false,
         };
@@ -320,8 +321,29 @@ impl Answer {
 /// Bytes of which no event may have too many: a peer must not fill our memory.
 struct Bounded {
     bytes: Bytes,
+    /// What came of byte order marks at the very beginning, while there may be more of them: the reader of events trips over them.
+    head: Option<Vec<u8>>,
     since_event: usize,
     in_line: bool,
+}
+
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
+impl Bounded {
+    /// The bytes without marks in front of the first.
+    fn unmarked(&mut self, bytes: bytes::Bytes) -> bytes::Bytes {
+        let Some(mut head) = self.head.take() else { return bytes };
+        head.extend_from_slice(&bytes);
+        let mut rest = &head[..];
+        while let Some(after) = rest.strip_prefix(BYTE_ORDER_MARK) {
+            rest = after;
+        }
+        if BYTE_ORDER_MARK.starts_with(rest) {
+            self.head = Some(rest.to_vec());
+            return bytes::Bytes::new();
+        }
+        bytes::Bytes::copy_from_slice(rest)
+    }
 }
 
 impl Stream for Bounded {
@@ -333,6 +355,7 @@ impl Stream for Bounded {
             None => None,
             Some(Err(_)) => Some(Err(TooLong)),
             Some(Ok(bytes)) => {
+                let bytes = self.unmarked(bytes);
                 for byte in &bytes {
                     match byte {
                         // An empty line ends an event.
