@@ -30,7 +30,7 @@ impl Default for Limits {
         Self {
             streams: 4096,
             streams_per_device: 16,
-            turns: 1024,
+            turns: 4096,
             turns_per_minute: 600,
         }
     }

@@ -28,7 +28,12 @@ use cloud_continuator::{
     watched,
 };
 use segue_shared::{client, exit::Exit, proto, telemetry};
-use tokio::{net::TcpListener, signal::unix, sync::watch};
+use tokio::{
+    net::TcpListener,
+    runtime::{Builder, Runtime},
+    signal::unix,
+    sync::watch,
+};
 use tracing::level_filters::LevelFilter;
 
 /// What a connection may take past the grace period of its turns.
@@ -44,8 +49,7 @@ fn main() -> ExitCode {
             return code.into();
         }
     };
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let outcome = match runtime {
+    let outcome = match runtime() {
         Ok(runtime) => runtime.block_on(run(cli)),
         Err(error) => Err((Exit::Software, format!("the async runtime does not start: {error}"))),
     };
@@ -56,6 +60,17 @@ fn main() -> ExitCode {
             exit.into()
         }
     }
+}
+
+/// A thread per core; where there is one core only, without what several threads need to share their work, which a proxy would feel.
+fn runtime() -> std::io::Result<Runtime> {
+    let one = std::thread::available_parallelism().is_ok_and(|cores| cores.get() == 1);
+    let mut builder = if one {
+        Builder::new_current_thread()
+    } else {
+        Builder::new_multi_thread()
+    };
+    builder.enable_all().build()
 }
 
 /// Tells the user; a full disk behind standard error is no reason to fail.

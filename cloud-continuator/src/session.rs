@@ -1,6 +1,7 @@
 //! A conversation with one edge, over any stream of frames: the handshake, then turns until the edge leaves.
 
 mod handshake;
+mod limits;
 
 use std::{
     collections::BTreeMap,
@@ -26,6 +27,7 @@ use tokio::{
 use tokio_stream::{Stream, StreamExt};
 use tonic::Status;
 
+pub use self::limits::Limits;
 use crate::{
     admission::{Admission, StreamPlace},
     attempts::News,
@@ -39,48 +41,6 @@ use crate::{
 
 /// How long an edge may take no frame while some wait for it.
 const SLOW_READER: Duration = Duration::from_secs(20);
-
-/// What a continuator accepts.
-#[derive(Clone, Copy, Debug)]
-pub struct Limits {
-    /// Largest frame, in bytes.
-    pub frame_bytes: usize,
-    /// Largest user text, in bytes.
-    pub user_text_bytes: usize,
-    /// Largest history, in bytes of text.
-    pub history_bytes: usize,
-    /// Connections at a time; 0: no limit.
-    pub connections: usize,
-    /// Turns at a time on one stream.
-    pub turns: usize,
-    /// Largest `max_tokens`.
-    pub tokens: u32,
-    /// Time for the first frame.
-    pub first_frame: Duration,
-    /// Longest time without a frame or a running turn.
-    pub idle: Duration,
-    /// Longest life of a stream.
-    pub lifetime: Duration,
-    /// Longest time for a turn.
-    pub turn: Duration,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            frame_bytes: 256 << 10,
-            user_text_bytes: 16 << 10,
-            history_bytes: 128 << 10,
-            connections: 8192,
-            turns: 8,
-            tokens: 1024,
-            first_frame: Duration::from_secs(10),
-            idle: Duration::from_secs(15 * 60),
-            lifetime: Duration::from_secs(24 * 60 * 60),
-            turn: Duration::from_secs(120),
-        }
-    }
-}
 
 /// What all conversations share.
 pub struct Service {
@@ -170,9 +130,17 @@ where
         turns: BTreeMap::new(),
         last_turn: 0,
     };
+    // Boxed, like the handling of frames below: what a stream rarely needs should not take room in each all the time.
+    let denied = caller.token().is_some().then(|| Box::pin(caller.denied()));
+    let denied = async {
+        match denied {
+            Some(denied) => denied.await,
+            None => pending().await,
+        }
+    };
     let served = tokio::select! {
         served = session.run(frames) => served,
-        denied = caller.denied() => Err(End::Status(denied.into())),
+        denied = denied => Err(End::Status(denied.into())),
     };
     match served {
         Err(End::Status(status)) => Err(status),
@@ -212,6 +180,8 @@ impl Session {
         let born = Instant::now();
         let mut last_frame = born;
         let mut draining = self.service.draining.clone();
+        // Once for all: what is made and dropped for every token costs more than the token.
+        let mut drain = pin!(async move { draining.wait_for(Option::is_some).await.ok().and_then(|grace| *grace) });
         let mut drained = None;
         let mut leaving = false;
         let mut timer = pin!(sleep_until(born));
@@ -247,17 +217,11 @@ impl Session {
                 }
                 Poll::Pending
             });
-            let drain = async {
-                match drained {
-                    Some(_) => pending().await,
-                    None => draining.wait_for(Option::is_some).await.ok().and_then(|grace| *grace),
-                }
-            };
             let next = tokio::select! {
                 (id, news) = events => Next::Backend(id, news),
                 frame = frames.next(), if !leaving => Next::Frame(frame),
                 () = timer.as_mut() => Next::Deadline,
-                grace = drain => Next::Drain(grace.unwrap_or_default()),
+                grace = drain.as_mut(), if drained.is_none() => Next::Drain(grace.unwrap_or_default()),
             };
             match next {
                 Next::Backend(id, news) => {
@@ -266,7 +230,7 @@ impl Session {
                 }
                 Next::Frame(Some(Ok(frame))) => {
                     last_frame = Instant::now();
-                    self.frame(frame).await?;
+                    Box::pin(self.frame(frame)).await?;
                 }
                 // The edge sends no more: its running turns are finished, then the stream ends.
                 Next::Frame(None) => leaving = true,
@@ -501,7 +465,12 @@ impl Session {
 
     /// Sends a frame. A reader that takes none for a while is given up: its turns would hold their places for nothing.
     async fn send(&mut self, frame: CloudFrame) -> Result<(), End> {
-        match tokio::time::timeout(SLOW_READER, self.out.send(Box::new(frame))).await {
+        let frame = match self.out.try_send(Box::new(frame)) {
+            Ok(()) => return Ok(()),
+            Err(mpsc::error::TrySendError::Closed(_)) => return Err(End::Gone),
+            Err(mpsc::error::TrySendError::Full(frame)) => frame,
+        };
+        match tokio::time::timeout(SLOW_READER, self.out.send(frame)).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(_)) => Err(End::Gone),
             Err(_) => {

@@ -15,6 +15,7 @@ use std::{
 use clap::Parser;
 use segue_tests::{
     chat::Chat,
+    fuzz::Dice,
     programs::{command, machine},
     toxiproxy::{Proxy, Toxiproxy, free_port, http},
     upstream::{self, Step, Upstream, delta, pieces, prefix},
@@ -235,19 +236,6 @@ impl Drop for Server {
     }
 }
 
-/// Numbers that look random and are the same for the same seed (splitmix64).
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % limit
-    }
-}
-
 struct Worker {
     name: String,
     faults: Vec<Fault>,
@@ -286,7 +274,7 @@ impl Worker {
             let started = Instant::now();
             row.turns += 1;
             chat.say(&question);
-            std::thread::sleep(Duration::from_millis(self.dice.below(220)));
+            std::thread::sleep(Duration::from_millis(self.dice.below(220) as u64));
             strike(fault, n, &proxies, &mut servers, &self.world, &mut self.dice);
             let end = chat.end_within(HUNG);
             let took = started.elapsed();
@@ -359,13 +347,13 @@ fn strike(fault: Fault, n: usize, proxies: &[Proxy], servers: &mut [Server; 2], 
         }
         Refused => {
             proxies.iter().for_each(|proxy| proxy.enable(false));
-            pause(dice.below(300));
+            pause(dice.below(300) as u64);
             proxies.iter().for_each(|proxy| proxy.enable(true));
         }
         Killed => {
             // The edge is at the one that was not killed the last time.
             servers[n % 2].kill();
-            pause(dice.below(100));
+            pause(dice.below(100) as u64);
             servers[n % 2].run();
         }
         ClockJump => {

@@ -88,8 +88,9 @@ impl Feed {
     }
 }
 
-/// One edge with a turn: microseconds from the upstream's write to the chunk's arrival, of tokens within the time that is measured.
-async fn talk(mut edge: Edge, feed: Arc<Feed>, from: Instant) -> Vec<u32> {
+/// One edge with a turn: microseconds from the upstream's write to the chunk's arrival, of tokens within the time that is measured, with
+/// the second of arrival.
+async fn talk(mut edge: Edge, feed: Arc<Feed>, from: Instant) -> Vec<(u16, u32)> {
     edge.send(StartTurn {
         turn_id: 1,
         user_text: "Count.".into(),
@@ -111,14 +112,27 @@ async fn talk(mut edge: Edge, feed: Arc<Feed>, from: Instant) -> Vec<u32> {
                     .split_whitespace()
                     .next_back()
                     .and_then(|t| t.parse::<u64>().ok());
-                if let Some(sent) = sent.filter(|_| Instant::now() > from) {
-                    delays.push(now.saturating_sub(sent) as u32);
+                let second = Instant::now()
+                    .checked_duration_since(from)
+                    .map(|time| time.as_secs() as u16);
+                if let (Some(sent), Some(second)) = (sent, second) {
+                    delays.push((second, now.saturating_sub(sent) as u32));
                 }
             }
             Body::EndTurn(_) => return delays,
             other => panic!("{other:?}"),
         }
     }
+}
+
+/// CPU seconds that the host has given to other machines while ours wanted them: a delay then says nothing about us.
+fn stolen() -> f64 {
+    let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    let ticks = stat
+        .lines()
+        .next()
+        .and_then(|line| line.split_whitespace().nth(8)?.parse::<f64>().ok());
+    ticks.unwrap_or(0.0) / 100.0 // Linux's USER_HZ
 }
 
 #[tokio::main(flavor = "current_thread")]
@@ -133,7 +147,7 @@ async fn main() {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
     let config = std::env::temp_dir().join(format!("segue-load-{}.toml", std::process::id()));
     let text = format!(
-        "[directives]\nverify = false\n[limits]\nturn = \"1h\"\ntokens = {MOST}\n[[backend]]\nkind = \"openai\"\nbase_url = \"http://{}/v1\"\nmodel = \"m\"\nmode = \"prefill\"\nwarm_up = false\n",
+        "[directives]\nverify = false\n[limits]\nturn = \"1h\"\nturns = 0\nstreams = 0\nconnections = 0\ntokens = {MOST}\n[[backend]]\nkind = \"openai\"\nbase_url = \"http://{}/v1\"\nmodel = \"m\"\nmode = \"prefill\"\nwarm_up = false\n",
         listener.local_addr().expect("it is bound")
     );
     std::fs::write(&config, text).expect("the temporary folder can be written");
@@ -173,21 +187,24 @@ async fn main() {
     }
     tokio::time::sleep_until(from.into()).await;
     let (cloud, own) = (continuator.cpu(), cpu(std::process::id()));
-    let early = memory();
+    let (early, stolen) = (memory(), stolen());
     let began = Instant::now();
     tokio::time::sleep(Duration::from_secs(options.seconds)).await;
     let took = began.elapsed();
     let (cloud, own) = (continuator.cpu() - cloud, cpu(std::process::id()) - own);
-    let active = memory();
+    let (active, stolen) = (memory(), self::stolen() - stolen);
     feed.stop.store(true, Ordering::Relaxed);
     let mut delays: Vec<f64> = Vec::new();
+    let mut seconds = vec![Vec::new(); options.seconds as usize];
     while let Some(more) = turns.join_next().await {
-        delays.extend(
-            more.expect("a turn ends well")
-                .into_iter()
-                .map(|micros| f64::from(micros) / 1e3),
-        );
+        for (second, micros) in more.expect("a turn ends well") {
+            delays.push(f64::from(micros) / 1e3);
+            if let Some(second) = seconds.get_mut(usize::from(second)) {
+                second.push(f64::from(micros) / 1e3);
+            }
+        }
     }
+    let mut each: Vec<f64> = seconds.iter_mut().map(|delays| percentile(delays, 0.99)).collect();
     // Streams without turns were forgotten by nobody.
     for edge in &mut others {
         edge.silence_of(Duration::ZERO).await;
@@ -245,6 +262,16 @@ async fn main() {
         let name = format!("upstream's write to edge's read, p{} (ms)", share * 100.0);
         println!("  {name:<46} {:>10.2}", percentile(&mut delays, share));
     }
+    println!(
+        "  {:<46} {:>10.2}",
+        "  p99 of the median second (ms)",
+        percentile(&mut each, 0.5)
+    );
+    println!(
+        "  {:<46} {:>10.1}",
+        "  time that other machines took of ours (%)",
+        100.0 * stolen / took.as_secs_f64()
+    );
     println!(
         "  {:<46} {:>10.1}",
         "memory an idle stream (KiB)",

@@ -34,7 +34,7 @@ use crate::{
 
 /// Tokens of one batch at most.
 pub const BATCH: usize = 512;
-/// Tokens of a committed opener that are read whatever the pace.
+/// Tokens of an opener that are read whatever the pace.
 const AT_ONCE: usize = 8;
 /// How long to wait for what follows from an opener's scores.
 const VERDICT: Duration = Duration::from_millis(1);
@@ -73,6 +73,8 @@ struct Active {
     parameters: Parameters,
     prompt: Vec<Token>,
     phase: Phase,
+    /// Words of its opener are being said: it will be committed soon.
+    opened: bool,
     prefilled: bool,
     /// Most tokens that the sequence may have.
     room: usize,
@@ -293,6 +295,9 @@ impl<'m> Engine<'m> {
     }
 
     fn input(&mut self, n: usize, input: Input) {
+        if let Some(active) = &mut self.slots[n].active {
+            active.opened = true;
+        }
         let (text, phase) = match input {
             Input::Close => {
                 self.slots[n].active = None;

@@ -80,6 +80,7 @@ impl Engine<'_> {
                 parameters: request.parameters,
                 prompt,
                 phase: Phase::Reading,
+                opened: false,
                 prefilled: false,
                 room,
                 sampler: None,

@@ -29,15 +29,16 @@ impl Engine<'_> {
         let decodes = |slot: &Slot| generating(slot) && !slot.sequence.pending().is_empty();
         let running = self.slots.iter().filter(|slot| decodes(slot)).count();
         let mut budget = if running > 0 { self.pace.budget() } else { BATCH };
-        // Running turns first, then readers in the order in which they came, but first the ones whose openers are committed.
-        let speaks = |slot: &Slot| slot.active.as_ref().is_some_and(|a| a.phase != Phase::Reading);
+        // Running turns first, then readers in the order in which they came, but first the ones whose openers are committed, or being said.
+        let commits = |slot: &Slot| slot.active.as_ref().is_some_and(|a| a.phase != Phase::Reading);
+        let speaks = |slot: &Slot| slot.active.as_ref().is_some_and(|a| a.opened);
         let mut order: Vec<usize> = (0..self.slots.len())
             .filter(|n| self.slots[*n].active.is_some())
             .collect();
         order.sort_by_key(|n| {
             let slot = &self.slots[*n];
             let id = slot.active.as_ref().map(|a| a.id);
-            (!generating(slot), !speaks(slot), id)
+            (!generating(slot), !commits(slot), !speaks(slot), id)
         });
         let (mut decoding, mut readers) = (0, 0);
         for n in order {
@@ -46,7 +47,7 @@ impl Engine<'_> {
             readers += usize::from(!generating(slot) && !slot.sequence.pending().is_empty());
             let most = match (generating(slot), speaks(slot)) {
                 (true, _) => 1,
-                // The rest of a committed opener is a few tokens, and somebody waits for it.
+                // The next of an opener are a few tokens, and somebody waits for them or will soon.
                 (false, true) if slot.sequence.pending().len() <= AT_ONCE => AT_ONCE,
                 (false, _) => budget,
             };
