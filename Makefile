@@ -32,14 +32,14 @@ test: fmt lint build peers ## Format, lints, and all tests: unit, property and e
 	cd deploy && python3 -m unittest --quiet test_setup
 	$(CARGO) test --release --locked --workspace
 
-bench: build ## Measure the pair, the engine beside llama.cpp's own bench, and the proxy under load, on this machine
+bench: build peers ## Measure the pair, the engine beside llama.cpp's own bench, and the proxy under load, on this machine
 	$(CARGO) bench --locked -p edge-agent --bench ulm
 	$(CARGO) run --release --locked -p segue-tests --bin bench
 	bash tests/bring_llama_bench.sh || echo "llama.cpp's own bench cannot be built here: see .segue/llama.cpp/build.log" >&2
 	$(CARGO) run --release --locked -p segue-tests --bin engine
 	$(CARGO) run --release --locked -p segue-tests --bin load
 
-chaos: build ## A thousand turns, each with a fault: networks, killed servers, full disks, clocks
+chaos: build ## A thousand turns that a fault strikes: networks, killed servers, full disks, clocks
 	bash tests/bring_toxiproxy.sh
 	$(CARGO) run --release --locked -p segue-tests --bin chaos
 

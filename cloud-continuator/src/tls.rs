@@ -127,20 +127,25 @@ pub fn accept(
             };
             let _ = stream.set_nodelay(true);
             let acceptor = TlsAcceptor::from(config.borrow().as_ref().clone());
-            let (ready, failed) = (ready.clone(), failed.clone());
+            let (ready, tell) = (ready.clone(), failed.clone());
             let handshake = tokio::spawn(async move {
                 match tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await {
                     Ok(Ok(stream)) => return drop(ready.send(Ok(stream)).await),
                     Ok(Err(error)) => tracing::warn!(%edge, %error, "a TLS handshake failed"),
                     Err(_) => tracing::warn!(%edge, "a TLS handshake took too long"),
                 }
-                failed();
+                tell();
             });
             shaking.push_back(handshake.abort_handle());
-            while shaking.front().is_some_and(AbortHandle::is_finished) || shaking.len() > HANDSHAKES {
-                if let Some(slowest) = shaking.pop_front() {
-                    slowest.abort();
-                }
+            if shaking.len() > HANDSHAKES {
+                shaking.retain(|handshake| !handshake.is_finished());
+            }
+            if shaking.len() > HANDSHAKES
+                && let Some(slowest) = shaking.pop_front()
+            {
+                slowest.abort();
+                tracing::warn!("too many TLS handshakes at a time; the slowest was given up");
+                failed();
             }
         }
     });

@@ -119,21 +119,10 @@ impl Tokens {
         let io = |e| FileError::Io(path.display().to_string(), e);
         // Behind a link stands the file that is changed.
         let path = &path.canonicalize().unwrap_or_else(|_| path.to_owned());
-        let aside = |ending: &str| {
-            let mut name = path.file_name().unwrap_or_default().to_owned();
-            name.push(ending);
-            path.with_file_name(name)
-        };
-        let secret = |path: &Path| {
-            OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .mode(0o600)
-                .open(path)
-        };
-        let lock: File = secret(&aside(".lock")).map_err(io)?;
-        lock.lock().map_err(io)?;
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        // The folder stands for the file, which is another one after each change.
+        let folder = File::open(folder.unwrap_or(Path::new("."))).map_err(io)?;
+        folder.lock().map_err(io)?;
         let mut tokens = if path.exists() {
             Self::read(path)?
         } else {
@@ -142,27 +131,16 @@ impl Tokens {
         let result = change(&mut tokens)?;
         let text =
             toml::to_string(&tokens).map_err(|e| FileError::Syntax(path.display().to_string(), e.to_string()))?;
-        let new = aside(".new");
-        let mut file = secret(&new).map_err(io)?;
-        // Whoever could read it must still be able to: a server that cannot would go on with the old one.
-        if let Ok(old) = std::fs::metadata(path) {
-            let made = file.metadata().map_err(io)?;
-            if (old.uid(), old.gid()) != (made.uid(), made.gid()) {
-                fchown(&file, Some(old.uid()), Some(old.gid())).map_err(io)?;
-            }
-            file.set_permissions(old.permissions()).map_err(io)?;
+        let mut new = path.file_name().unwrap_or_default().to_owned();
+        new.push(".new");
+        let new = path.with_file_name(new);
+        let written = replace(path, &new, &format!("{HEAD}{text}"));
+        if written.is_err() {
+            let _ = std::fs::remove_file(&new);
         }
-        file.write_all(format!("{HEAD}{text}").as_bytes()).map_err(io)?;
-        file.sync_all().map_err(io)?;
-        std::fs::rename(&new, path).map_err(io)?;
-        if let Some(folder) = path.parent() {
-            let folder = File::open(if folder.as_os_str().is_empty() {
-                Path::new(".")
-            } else {
-                folder
-            });
-            folder.and_then(|folder| folder.sync_all()).map_err(io)?;
-        }
+        written.map_err(io)?;
+        // If this fails, the change is there all the same, unless the power fails too.
+        let _ = folder.sync_all();
         Ok(result)
     }
 
@@ -262,6 +240,27 @@ impl Entry {
     }
 }
 
+/// Writes `text` to `new` and puts it in `path`'s place.
+fn replace(path: &Path, new: &Path, text: &str) -> std::io::Result<()> {
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(new)?;
+    // Whoever could read the old one must be able to read this: a server that cannot would go on with what it knows.
+    if let Ok(old) = std::fs::metadata(path) {
+        let made = file.metadata()?;
+        if (old.uid(), old.gid()) != (made.uid(), made.gid()) {
+            fchown(&file, Some(old.uid()), Some(old.gid()))?;
+        }
+        file.set_permissions(old.permissions())?;
+    }
+    file.write_all(text.as_bytes())?;
+    file.sync_all()?;
+    std::fs::rename(new, path)
+}
+
 fn whole_seconds(time: SystemTime) -> SystemTime {
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     SystemTime::UNIX_EPOCH + Duration::from_secs(since.as_secs())
@@ -337,9 +336,7 @@ mod tests {
             assert!(matches!(bad, Err(FileError::Device(_))), "{device}");
         }
         assert_eq!(Tokens::read(&path).unwrap(), tokens);
-        for ending in ["", ".lock"] {
-            std::fs::remove_file(format!("{}{ending}", path.display())).unwrap();
-        }
+        std::fs::remove_file(path).unwrap();
     }
 
     #[test]

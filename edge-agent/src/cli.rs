@@ -112,7 +112,7 @@ pub struct Talk {
     /// How long a reply that was cut off waits for a continuator to go on with it; after that, what was shown stays.
     #[arg(long, default_value = "30s", value_parser = time, value_name = "TIME")]
     pub resume_within: Duration,
-    /// Silence of the continuator after which it counts as lost.
+    /// Silence of the continuator after which it counts as lost (before its first words up to four times that, if it said that it is slow).
     #[arg(long, default_value = "30s", value_parser = time, value_name = "TIME")]
     pub stall: Duration,
     /// Tokens (the micro language model's) of earlier conversation that the continuator is told at most; when they are exceeded, the

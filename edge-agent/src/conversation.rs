@@ -362,9 +362,11 @@ impl Conversation {
             let give_up_at = stuck_since
                 .filter(|_| !connected && !run.machine().alone())
                 .map(|since| since + self.options.resume_within);
-            // Before its first words a continuator may take as long as it said it does, with some to spare.
+            // Before its first words a continuator may take as long as it said it does, with some to spare, and within bounds.
             let patience = match self.estimate {
-                Some(estimate) if !run.machine().continued() => self.options.stall.max(estimate * 3),
+                Some(estimate) if !run.machine().continued() => {
+                    (estimate * 3).clamp(self.options.stall, self.options.stall * 4)
+                }
                 _ => self.options.stall,
             };
             let stall_at = (connected && run.machine().opened()).then(|| quiet_since + patience);
@@ -417,7 +419,7 @@ impl Conversation {
                     run.on(give_up(&why, self.options.offline == Offline::Auto)).await;
                 }
                 () = at(stall_at), if !over => {
-                    run.lose(format!("the continuator said nothing for {:?}", self.options.stall)).await;
+                    run.lose(format!("the continuator said nothing for {patience:?}")).await;
                     self.leave();
                 }
             }

@@ -18,6 +18,8 @@ use tonic::{Code, Status};
 const WAITS: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 /// A connection that lasted this long, or carried a reply, was a good one: after it the waits begin anew.
 const GOOD: Duration = Duration::from_secs(5);
+/// Rounds in which we may be turned away, after we were let in once, until there is no hope: some ten seconds.
+const DENIED: u32 = 7;
 /// News that may wait for the conversation; the link reads no further frames while it is full.
 const WAITING_NEWS: usize = 64;
 
@@ -92,6 +94,7 @@ impl Link {
             options,
             at: 0,
             number: 0,
+            denied: 0,
             wanted: false,
             news: tell,
             orders: ordered,
@@ -148,6 +151,8 @@ struct Runner {
     at: usize,
     /// Connections so far.
     number: u64,
+    /// Rounds since then in which we were not let in.
+    denied: u32,
     /// Somebody has asked for a connection since the last one.
     wanted: bool,
     news: mpsc::Sender<News>,
@@ -185,7 +190,8 @@ impl Runner {
                 }
                 Err(error) => {
                     // What worked before may be about to work again: a certificate or a token is being renewed, a server updated.
-                    let ended = error.permanent() && (self.number == 0 || matches!(error, ConnectError::Denied(..)));
+                    self.denied += u32::from(matches!(error, ConnectError::Denied(..)));
+                    let ended = error.permanent() && (self.number == 0 || self.denied > DENIED);
                     let text = error.to_string();
                     if self.news.send(News::Failed { error, ended }).await.is_err() {
                         return Some(End::Unwanted);
@@ -243,7 +249,7 @@ impl Runner {
         } = conversation;
         let welcome = Box::new(welcome);
         self.number += 1;
-        self.wanted = false;
+        (self.wanted, self.denied) = (false, 0);
         let number = self.number;
         self.tell(News::Connected {
             number,

@@ -82,6 +82,11 @@ impl Chat {
         writeln!(input, "{question}").expect("the edge reads");
     }
 
+    /// Whether it has not ended.
+    pub fn lives(&mut self) -> bool {
+        self.child.try_wait().is_ok_and(|status| status.is_none())
+    }
+
     /// Ends the input.
     pub fn no_more_questions(&mut self) {
         self.input = None;

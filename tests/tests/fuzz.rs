@@ -4,6 +4,11 @@ use segue_tests::fuzz::{run, targets};
 
 #[test]
 fn no_broken_input_makes_a_decoder_panic() {
+    let corpus = std::fs::read_dir(segue_tests::programs::root().join("tests/corpus"));
+    assert!(
+        corpus.is_ok_and(|found| found.count() > 0),
+        "what was found before is there"
+    );
     let mut shares = 0;
     for mut target in targets() {
         shares += target.share;

@@ -9,7 +9,7 @@ use segue_shared::{
 };
 use segue_tests::{
     edge::{Edge, commit, reply},
-    programs::Continuator,
+    programs::{Continuator, PATIENCE},
     upstream::{self, Step, Upstream, delta, warms_up},
 };
 use tonic::Code;
@@ -266,6 +266,13 @@ async fn connections_are_limited() {
     assert!(three.is_err(), "a third connection is closed");
     good_turn(&mut one, 1).await;
     drop(two);
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    good_turn(&mut Edge::connect(&continuator.url, Surface::Revisable).await, 1).await;
+    let started = std::time::Instant::now();
+    let mut again = loop {
+        match Edge::try_connect(&continuator.url, &Access::default(), "again", Surface::Revisable).await {
+            Ok(edge) => break edge,
+            Err(error) => assert!(started.elapsed() < PATIENCE, "the place is never free: {error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    };
+    good_turn(&mut again, 1).await;
 }

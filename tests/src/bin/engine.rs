@@ -1,4 +1,4 @@
-//! The embedded engine under many turns, beside llama.cpp's own `llama-batched-bench` with the same file and threads.
+//! The embedded engine under many turns, beside llama.cpp's own `llama-batched-bench` and its server, with the same file and threads.
 
 use std::{
     process::Command,
@@ -9,11 +9,16 @@ use clap::{Parser, ValueEnum};
 use segue_shared::proto::{GenerationParameters, Message, Role, StartTurn, Surface, Usage, cloud_frame::Body};
 use segue_tests::{
     edge::{Edge, commit, reply},
-    llama_server::model,
+    llama_server::{LlamaServer, model},
     metrics::percentile,
     programs::{Continuator, machine, root},
 };
-use tokio::task::JoinSet;
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+    net::TcpStream,
+    task::JoinSet,
+};
 
 const LEVELS: [usize; 4] = [1, 4, 16, 32];
 const TOKENS: u32 = 64;
@@ -62,7 +67,15 @@ async fn story(edge: &mut Edge, id: u64, text: String, max_tokens: u32) -> (Vec<
     }
 }
 
-/// Tokens a second of `turns` turns while all of them generate.
+/// Tokens a second of turns while all of them generate, from the times of their tokens.
+fn speed(times: &[Vec<Instant>]) -> f64 {
+    let from = times.iter().filter_map(|t| t.first()).max().expect("there are turns");
+    let to = times.iter().filter_map(|t| t.last()).min().expect("there are turns");
+    let tokens = times.iter().flatten().filter(|t| *t > from && *t <= to).count();
+    tokens as f64 / to.duration_since(*from).as_secs_f64()
+}
+
+/// Tokens a second of `turns` turns.
 async fn throughput(url: &str, turns: usize) -> f64 {
     let mut running = JoinSet::new();
     for n in 0..turns {
@@ -72,11 +85,55 @@ async fn throughput(url: &str, turns: usize) -> f64 {
             story(&mut edge, 1, text, TOKENS).await.0
         });
     }
-    let times = running.join_all().await;
-    let from = times.iter().filter_map(|t| t.first()).max().expect("there are turns");
-    let to = times.iter().filter_map(|t| t.last()).min().expect("there are turns");
-    let tokens = times.iter().flatten().filter(|t| *t > from && *t <= to).count();
-    tokens as f64 / to.duration_since(*from).as_secs_f64()
+    speed(&running.join_all().await)
+}
+
+/// The same of llama.cpp's own server, asked for the same stories over HTTP; `None` where it is not installed.
+async fn server(turns: usize) -> Option<f64> {
+    let server = tokio::task::spawn_blocking(move || LlamaServer::start(threads(), turns, 8192));
+    let server = server.await.expect("it starts")?;
+    let address = server
+        .url
+        .trim_start_matches("http://")
+        .trim_end_matches("/v1")
+        .to_owned();
+    let mut running = JoinSet::new();
+    for n in 0..turns {
+        running.spawn(streamed(address.clone(), n));
+    }
+    Some(speed(&running.join_all().await))
+}
+
+/// When the tokens of a story came from an OpenAI-compatible server.
+async fn streamed(address: String, n: usize) -> Vec<Instant> {
+    let text = format!("{n}: Tell me a very long story about the sea, with many chapters.");
+    let body = json!({
+        "messages": [{ "role": "user", "content": text }], "max_tokens": TOKENS, "temperature": 0.0, "stream": true,
+    });
+    let body = body.to_string();
+    let head = format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: {address}\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
+        body.len()
+    );
+    let mut stream = TcpStream::connect(&address).await.expect("the server answers");
+    stream
+        .write_all((head + &body).as_bytes())
+        .await
+        .expect("it takes requests");
+    let mut lines = BufReader::new(stream).lines();
+    let mut times = Vec::new();
+    while let Ok(Some(line)) = lines.next_line().await {
+        let event = line
+            .strip_prefix("data: ")
+            .and_then(|data| serde_json::from_str::<Value>(data).ok());
+        let content = event
+            .as_ref()
+            .and_then(|event| event["choices"][0]["delta"]["content"].as_str());
+        if content.is_some_and(|content| !content.is_empty()) {
+            times.push(Instant::now());
+        }
+    }
+    times
 }
 
 /// The same of llama.cpp's own bench; `None` where it is not built.
@@ -114,7 +171,7 @@ fn batched_bench(turns: usize) -> Option<f64> {
         .ok()?;
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
     let line = text.lines().find(|l| l.starts_with('{'))?;
-    serde_json::from_str::<serde_json::Value>(line).ok()?["speed_tg"].as_f64()
+    serde_json::from_str::<Value>(line).ok()?["speed_tg"].as_f64()
 }
 
 fn serve(slots: usize) -> Continuator {
@@ -132,11 +189,11 @@ fn serve(slots: usize) -> Continuator {
 
 async fn levels() {
     println!(
-        "\n  {:<10} {:>16} {:>22} {:>8}",
-        "turns", "Segue (tokens/s)", "llama-batched-bench", "ratio"
+        "\n  {:<10} {:>16} {:>22} {:>8} {:>20} {:>8}",
+        "turns", "Segue (tokens/s)", "llama-batched-bench", "ratio", "llama.cpp's server", "ratio"
     );
     for turns in LEVELS {
-        let (mut ours, mut theirs) = (0.0f64, None::<f64>);
+        let (mut ours, mut theirs, mut served) = (0.0f64, None::<f64>, None::<f64>);
         for _ in 0..ROUNDS {
             let continuator = serve(turns);
             ours = ours.max(throughput(&continuator.url, turns).await);
@@ -145,11 +202,17 @@ async fn levels() {
                 .await
                 .expect("it runs");
             theirs = speed.map(|s| s.max(theirs.unwrap_or(0.0)));
+            served = server(turns).await.map(|s| s.max(served.unwrap_or(0.0)));
         }
-        match theirs {
-            Some(theirs) => println!("  {turns:<10} {ours:>16.1} {theirs:>22.1} {:>8.2}", ours / theirs),
-            None => println!("  {turns:<10} {ours:>16.1} {:>22} {:>8}", "not built", "-"),
-        }
+        let beside = |speed: Option<f64>| match speed {
+            Some(speed) => (format!("{speed:.1}"), format!("{:.2}", ours / speed)),
+            None => ("not there".into(), "-".into()),
+        };
+        let (theirs, served) = (beside(theirs), beside(served));
+        println!(
+            "  {turns:<10} {ours:>16.1} {:>22} {:>8} {:>20} {:>8}",
+            theirs.0, theirs.1, served.0, served.1
+        );
     }
 }
 

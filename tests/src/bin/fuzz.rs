@@ -46,7 +46,10 @@ fn main() -> ExitCode {
         panics += result.panics;
     }
     println!("  {:<18} {executions:>12} {panics:>8}", "all");
-    if panics == 0 {
+    if executions == 0 {
+        println!("there is no such target");
+    }
+    if panics == 0 && executions > 0 {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE

@@ -3,7 +3,7 @@
 //! Continuator on one core; edges and upstream on another. Every token carries the time at which the upstream wrote it.
 
 use std::{
-    process::Command,
+    process::{Command, ExitCode},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -25,6 +25,8 @@ use tokio::{
     task::JoinSet,
 };
 
+/// How much memory may grow while nothing but time passes.
+const GROWTH: u64 = 8 << 20;
 /// More tokens than a turn gets in the time.
 const MOST: u32 = 1_000_000;
 
@@ -136,7 +138,7 @@ fn stolen() -> f64 {
 }
 
 #[tokio::main(flavor = "current_thread")]
-async fn main() {
+async fn main() -> ExitCode {
     let options = Options::parse();
     let pinned = two_cores();
     if pinned {
@@ -282,4 +284,9 @@ async fn main() {
         "memory an active stream (KiB)",
         kib(active, idle, n) + kib(idle, before, n + options.idle as f64)
     );
+    if options.idle > 0 && active.resident > early.resident + GROWTH {
+        println!("\n  memory is not flat: it grew by more than {} MiB", GROWTH >> 20);
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
 }
