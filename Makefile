@@ -47,7 +47,7 @@ fuzz: build ## Ten million broken inputs at every place that decodes one
 	$(CARGO) run --release --locked -p segue-tests --bin fuzz
 
 soak: build ## Ten minutes of 2,000 idle and 500 active streams: memory must stay flat
-	$(CARGO) run --release --locked -p segue-tests --bin load -- --idle 2000 --streams 500 --seconds 600
+	$(CARGO) run --release --locked -p segue-tests --bin load -- --idle 2000 --streams 500 --turn-tokens 160 --seconds 600
 
 eval: build ## Evaluate the verifier and the openers
 	$(CARGO) run --release --locked -p segue-tests --bin eval

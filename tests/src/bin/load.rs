@@ -39,6 +39,9 @@ struct Options {
     /// Further streams without turns.
     #[arg(long, default_value_t = 0)]
     idle: usize,
+    /// Tokens of a turn, after which the stream begins another; 0: one turn as long as it is measured.
+    #[arg(long, default_value_t = 0)]
+    turn_tokens: usize,
     /// Tokens a second and stream.
     #[arg(long, default_value_t = 20.0)]
     rate: f64,
@@ -51,6 +54,8 @@ struct Options {
 struct Feed {
     born: Instant,
     period: Duration,
+    /// Tokens of an answer; 0: until it is told to stop.
+    tokens: usize,
     stop: AtomicBool,
     streams: AtomicUsize,
 }
@@ -77,7 +82,9 @@ impl Feed {
             // Spread over the period, as turns of different people are.
             let n = self.streams.fetch_add(1, Ordering::SeqCst) as u32;
             let mut next = tokio::time::Instant::now() + self.period * (n % 97) / 97;
-            while !self.stop.load(Ordering::Relaxed) {
+            let mut written = 0;
+            while !self.stop.load(Ordering::Relaxed) && (self.tokens == 0 || written < self.tokens) {
+                written += 1;
                 tokio::time::sleep_until(next).await;
                 next += self.period;
                 let token = upstream::delta(&format!(" {}", self.born.elapsed().as_micros()));
@@ -93,8 +100,18 @@ impl Feed {
 /// One edge with a turn: microseconds from the upstream's write to the chunk's arrival, of tokens within the time that is measured, with
 /// the second of arrival.
 async fn talk(mut edge: Edge, feed: Arc<Feed>, from: Instant) -> Vec<(u16, u32)> {
+    let mut delays = Vec::new();
+    let mut id = 0;
+    while id == 0 || !feed.stop.load(Ordering::Relaxed) {
+        id += 1;
+        turn(&mut edge, id, &feed, from, &mut delays).await;
+    }
+    delays
+}
+
+async fn turn(edge: &mut Edge, id: u64, feed: &Feed, from: Instant, delays: &mut Vec<(u16, u32)>) {
     edge.send(StartTurn {
-        turn_id: 1,
+        turn_id: id,
         user_text: "Count.".into(),
         parameters: Some(GenerationParameters {
             max_tokens: MOST,
@@ -103,8 +120,7 @@ async fn talk(mut edge: Edge, feed: Arc<Feed>, from: Instant) -> Vec<(u16, u32)>
         ..StartTurn::default()
     })
     .await;
-    edge.commit(1, "Here are the numbers").await;
-    let mut delays = Vec::new();
+    edge.commit(id, "Here are the numbers").await;
     loop {
         match edge.next().await {
             Body::Chunk(chunk) => {
@@ -121,7 +137,7 @@ async fn talk(mut edge: Edge, feed: Arc<Feed>, from: Instant) -> Vec<(u16, u32)>
                     delays.push((second, now.saturating_sub(sent) as u32));
                 }
             }
-            Body::EndTurn(_) => return delays,
+            Body::EndTurn(_) => return,
             other => panic!("{other:?}"),
         }
     }
@@ -156,6 +172,7 @@ async fn main() -> ExitCode {
     let feed = Arc::new(Feed {
         born: Instant::now(),
         period: Duration::from_secs_f64(1.0 / options.rate),
+        tokens: options.turn_tokens,
         stop: AtomicBool::new(false),
         streams: AtomicUsize::new(0),
     });
